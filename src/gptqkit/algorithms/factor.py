@@ -1,0 +1,75 @@
+"""Damping the Gram matrix and factoring it: the one O(I^3) step, done once for all linears that read the same input.
+
+GPTQ needs the Cholesky factor of the inverse, H^-1 = U^T U with U upper triangular. Factoring the matrix with rows and columns reversed,
+J H J = L L^T (J: reversal), gives it without ever forming an inverse: with the upper triangular R = J L J,
+
+    H = R R^T     and therefore     U = R^-1.
+
+The sweep only needs R and the inverses of its diagonal blocks (sweep.py), so the whole cost is one Cholesky: I^3 / 3 multiply-adds instead
+of the 4/3 I^3 of factor, invert, factor again, and no ill-conditioned inverse in between.
+
+Damping adds lambda_j to the diagonal, with a floor (`damping`). A column whose input was never different from zero (H_jj = 0) says nothing
+and couples to nothing: its row and column of H are zero, so H_jj = 1 leaves it alone, and the sweep rounds it to nearest. It is not zeroed:
+calibration is a sample, and a channel silent in the sample may speak in use.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptqkit.core.errors import InputError
+
+RAISE = 10.0
+"""How much the damping grows when a factorization fails in float64 too."""
+_ATTEMPTS = 6  # 0.01 -> 1000: far beyond any matrix that is finite and symmetric
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Factor:
+    """root_II  upper triangular R in sweep order, H = R R^T
+    damp     the fraction that was needed
+    events   what had to be done to get it, in words
+    """
+
+    root_II: Tensor
+    damp: float
+    events: tuple[str, ...]
+
+
+def damping(diagonal_I: Tensor, damp: float) -> Tensor:
+    """lambda_j for each column, [I] -> [I], from the live (non-zero) part of the diagonal."""
+    live = diagonal_I[diagonal_I > 0]
+    middle = live.median() if live.numel() else diagonal_I.new_ones(())
+    return damp * (diagonal_I + middle) / 2
+
+
+def even_damping(diagonal_I: Tensor, damp: float) -> Tensor:
+    """The stronger rule of the fallback: every column gets at least damp times the mean of the live diagonal."""
+    live = diagonal_I[diagonal_I > 0]
+    mean = live.mean() if live.numel() else diagonal_I.new_ones(())
+    return torch.maximum(damping(diagonal_I, damp), damp * mean)
+
+
+def factorize(gram_II: Tensor, columns_I: Tensor, damp: float, *, even: bool = False) -> Factor:
+    """R of the damped Gram matrix [I, I] in the order `columns_I`. Float32, again in float64 on failure, then with more damping.
+
+    Raises InputError when nothing helps (a Gram matrix that is not one: not symmetric, or negative on the diagonal).
+    """
+    diagonal_I = gram_II.diagonal()
+    rule = even_damping if even else damping
+    events: list[str] = []
+    reversed_I = columns_I.flip(0)
+    for _ in range(_ATTEMPTS):
+        damped_I = torch.where(diagonal_I > 0, diagonal_I + rule(diagonal_I, damp), 1.0)
+        matrix_II = gram_II[reversed_I][:, reversed_I]
+        matrix_II.diagonal().copy_(damped_I[reversed_I])
+        for dtype in (gram_II.dtype, torch.float64):
+            lower_II, failed = torch.linalg.cholesky_ex(matrix_II.to(dtype))
+            if not failed.item() and bool(torch.isfinite(lower_II).all()):
+                return Factor(lower_II.flip(0, 1).to(gram_II.dtype), damp, tuple(events))
+            events.append(f"Cholesky failed in {str(dtype).removeprefix('torch.')} with damping {damp:g}")
+        damp *= RAISE
+    raise InputError(f"the Gram matrix cannot be factored even with damping {damp / RAISE:g}: it is not positive semidefinite")

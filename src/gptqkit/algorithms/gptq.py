@@ -1,0 +1,254 @@
+"""GPTQ for one input group: all linears that read the same tensor, solved with one Gram matrix and one factorization.
+
+What is done, in this order: damp and factor the Gram matrix (factor.py), sweep the columns (sweep.py), then *look at the result*. The
+sweep minimises ||W - Q||_H^2 and will gladly move a weight far away where H says that nobody is looking: a nearly dead channel, whose
+column of H is nearly empty. Such a matrix has a fine objective on the calibration data and breaks on anything else. Rounding to nearest
+on the grid of the same bit width sets the scale of a plausible change, and a result is accepted only if
+
+    * it moves no linear, and no group of a linear, more than CHANGE_LIMIT times as far as rounding to nearest does, and
+    * its output error on the calibration data is not larger than that of rounding to nearest.
+
+Otherwise the linear is solved again with ten times the damping and the damping's floor at the mean of the diagonal, and if that is
+refused too it is rounded to nearest. Both steps are recorded in `Solution.events`.
+
+Shapes: I = in features, O = out features, G = groups.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from gptqkit.algorithms.factor import RAISE, Factor, factorize
+from gptqkit.algorithms.order import ColumnOrder, column_order
+from gptqkit.algorithms.precision import exact
+from gptqkit.algorithms.rtn import round_to_nearest
+from gptqkit.algorithms.sweep import sweep
+from gptqkit.core.config import LinearSpec
+from gptqkit.core.errors import InputError
+from gptqkit.core.weight import QuantizedWeight
+
+CHANGE_LIMIT = 5.0
+NEAR_DEAD = 1e-3
+"""A live column counts as near-dead (reported only; the damping's floor takes care of it) below this fraction of the median H_jj."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Solution:
+    """One linear, solved, with what is worth knowing about it.
+
+    weight         the codes and scales
+    method         "gptq", or "rtn" when it fell back to rounding
+    error          relative output error on the calibration data, tr(E H E^T) / tr(W H W^T) with the undamped H
+    error_rounded  the same for rounding to nearest: what GPTQ had to beat
+    weight_change  ||Q - W|| / ||W||, Frobenius
+    damp           the damping fraction that was used in the end
+    dead           columns whose input was always 0: rounded to nearest, they take no part in the compensation
+    near_dead      live columns with H_jj below a thousandth of the median
+    events         what went differently than planned, one sentence each; empty in an ordinary run
+    """
+
+    weight: QuantizedWeight
+    method: str
+    error: float
+    error_rounded: float
+    weight_change: float
+    damp: float
+    dead: int
+    near_dead: int
+    events: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class _Judged:
+    """A quantized linear beside its measures; `worst` is the largest change of a group, in units of what rounding changes."""
+
+    weight: QuantizedWeight
+    error: float
+    weight_change: float
+    worst: float
+
+
+@dataclass(slots=True)
+class _Group:
+    """The input group being solved: H, and the factorizations made of it so far."""
+
+    gram_II: Tensor
+    order: str
+    damp: float
+    factors: list[tuple[Tensor, bool, Factor]] = field(default_factory=list)
+
+    def columns(self, spec: LinearSpec) -> ColumnOrder:
+        return column_order(self.gram_II.diagonal(), self.order, spec.group_size)
+
+    def factor(self, order: ColumnOrder, *, stronger: bool) -> Factor:
+        """R for this order; computed once per distinct permutation, whatever the bits and grids of the linears that use it."""
+        for columns_I, known_stronger, factor in self.factors:
+            if known_stronger == stronger and torch.equal(columns_I, order.columns_I):
+                return factor
+        damp = self.damp * RAISE if stronger else self.damp
+        factor = factorize(self.gram_II, order.columns_I, damp, even=stronger)
+        self.factors.append((order.columns_I, stronger, factor))
+        return factor
+
+
+def solve_group(
+    weights_OI: Sequence[Tensor], gram_II: Tensor, specs: Sequence[LinearSpec], *, order: str, damp: float, name: str = "this linear"
+) -> list[Solution]:
+    """Quantizes the linears [O_k, I] that read one input, given the mean Gram matrix [I, I] of that input.
+
+    order   natural, activation, group-aware or desc-act (order.py)
+    damp    fraction for the damping rule (factor.py)
+    name    what an error message calls the input group
+
+    Linears of equal spec are stacked and swept together; those of different spec still share the factorization when their permutation
+    is the same. Computes in float32 (in float64 when `gram_II` is float64); the same input gives the same bytes. The arguments are not
+    modified. Raises InputError when the Gram matrix is not finite.
+    """
+    gram_II = gram_II if gram_II.dtype == torch.float64 else gram_II.float()
+    if not bool(torch.isfinite(gram_II.diagonal()).all()):
+        bad = int((~torch.isfinite(gram_II.diagonal())).sum())
+        raise InputError(
+            f"{name}: the calibration inputs are not finite in {bad} of {gram_II.shape[0]} channels; the model overflows or holds NaN: "
+            "try --dtype float32 (or bfloat16 instead of float16), or check the checkpoint with `gptqkit verify`"
+        )
+    group = _Group(gram_II, order, damp)
+    solutions: list[Solution | None] = [None] * len(specs)
+    with torch.no_grad(), exact():
+        for spec in dict.fromkeys(specs):
+            members = [k for k, other in enumerate(specs) if other == spec]
+            stacked = _solve_stacked([weights_OI[k].detach().to(gram_II.dtype) for k in members], group, spec)
+            for k, solution in zip(members, stacked, strict=True):
+                solutions[k] = solution
+    return [solution for solution in solutions if solution is not None]
+
+
+def _solve_stacked(weights_OI: list[Tensor], group: _Group, spec: LinearSpec) -> list[Solution]:
+    """Linears of one spec: sweep together, then judge each, and solve those that are refused again."""
+    order = group.columns(spec)
+    rounded = [_rounded(weight_OI, order, spec) for weight_OI in weights_OI]
+    energies = [float(output_energy(weight_OI.T, group.gram_II)) for weight_OI in weights_OI]
+    judged_rounded = [
+        _judge(quantized, weight_OI, quantized, group.gram_II, energy)
+        for quantized, weight_OI, energy in zip(rounded, weights_OI, energies, strict=True)
+    ]
+    solutions: list[Solution | None] = [None] * len(weights_OI)
+    events: list[tuple[str, ...]] = [()] * len(weights_OI)
+    open_ = list(range(len(weights_OI)))
+    for stronger in (False, True):
+        if not open_:
+            break
+        factor = group.factor(order, stronger=stronger)
+        swept = _sweep_stacked([weights_OI[k] for k in open_], factor, order, spec)
+        refused = []
+        for k, quantized in zip(open_, swept, strict=True):
+            judged = _judge(quantized, weights_OI[k], rounded[k], group.gram_II, energies[k])
+            events[k] += factor.events
+            reason = _refusal(judged, judged_rounded[k])
+            if reason is None:
+                solutions[k] = _solution("gptq", judged, judged_rounded[k], group, factor.damp, events[k])
+            else:
+                remedy = "rounded to nearest" if stronger else f"solved again with damping {factor.damp * RAISE:g}"
+                events[k] += (f"{reason} with damping {factor.damp:g}: {remedy}",)
+                refused.append(k)
+        open_ = refused
+    damp = group.damp * RAISE
+    return [
+        solution or _solution("rtn", rounding, rounding, group, damp, notes)
+        for solution, rounding, notes in zip(solutions, judged_rounded, events, strict=True)
+    ]
+
+
+def _sweep_stacked(weights_OI: list[Tensor], factor: Factor, order: ColumnOrder, spec: LinearSpec) -> list[QuantizedWeight]:
+    """One sweep over the rows of all weights, cut into one QuantizedWeight each."""
+    swept = sweep(torch.cat(weights_OI).T.contiguous(), factor.root_II, order, spec)
+    rows = [weight_OI.shape[0] for weight_OI in weights_OI]
+    group_I = order.group_I.to(torch.int32) if order.stores_groups else None
+    return [
+        QuantizedWeight(
+            bits=spec.bits,
+            group_size=spec.group_size,
+            codes_OI=codes_IO.T.contiguous(),
+            scale_OG=scale_GO.T.to(torch.float16).contiguous(),
+            zero_OG=None if spec.sym else zero_GO.T.to(torch.uint8).contiguous(),
+            group_I=group_I,
+        )
+        for codes_IO, scale_GO, zero_GO in zip(
+            swept.codes_IO.split(rows, 1), swept.scale_GO.split(rows, 1), swept.zero_GO.split(rows, 1), strict=True
+        )
+    ]
+
+
+def _rounded(weight_OI: Tensor, order: ColumnOrder, spec: LinearSpec) -> QuantizedWeight:
+    """Rounding to nearest in the groups that the sweep uses, so that a linear that falls back still fits beside its neighbours."""
+    return round_to_nearest(weight_OI, spec, order.group_I.to(torch.int32) if order.stores_groups else None)
+
+
+def output_energy(weight_IO: Tensor, gram_II: Tensor, width: int = 256) -> Tensor:
+    """tr(W^T H W) for [I, O] and symmetric [I, I]: scalar, the mean squared norm of the output over tokens.
+
+    The blocks above the diagonal count twice, those below not at all, which halves the work.
+    """
+    total = weight_IO.new_zeros((), dtype=torch.float64)
+    for start in range(0, weight_IO.shape[0], width):
+        block_BO = weight_IO[start : start + width]
+        stop = start + block_BO.shape[0]
+        seen_BO = gram_II[start:stop, start:stop] @ block_BO
+        if stop < weight_IO.shape[0]:
+            seen_BO.addmm_(gram_II[start:stop, stop:], weight_IO[stop:], alpha=2)
+        total += (seen_BO.mul_(block_BO)).sum(dtype=torch.float64)
+    return total
+
+
+def _judge(quantized: QuantizedWeight, weight_OI: Tensor, rounded: QuantizedWeight, gram_II: Tensor, energy: float) -> _Judged:
+    change_OI = quantized.dequantize(weight_OI.dtype).sub_(weight_OI)
+    error = float(output_energy(change_OI.T, gram_II))
+    moved_G = _squares_by_group(change_OI, quantized)
+    usual_G = moved_G if rounded is quantized else _squares_by_group(rounded.dequantize(weight_OI.dtype).sub_(weight_OI), rounded)
+    # A group that rounding happens to hit (all zeros, say) is measured by its linear's mean instead.
+    ratio_G = moved_G / torch.maximum(usual_G, usual_G.mean()).clamp_min(torch.finfo(torch.float32).tiny)
+    return _Judged(
+        weight=quantized,
+        error=_ratio(error, energy),
+        weight_change=_ratio(float(moved_G.sum()), float(weight_OI.square().sum(dtype=torch.float64))) ** 0.5,
+        worst=float(ratio_G.max()) ** 0.5,
+    )
+
+
+def _squares_by_group(change_OI: Tensor, quantized: QuantizedWeight) -> Tensor:
+    """[G] float64: squared Frobenius norm of the columns of each group."""
+    square_I = change_OI.square().sum(0, dtype=torch.float64)
+    return torch.zeros(quantized.groups, dtype=torch.float64, device=square_I.device).index_add_(0, quantized.column_groups(), square_I)
+
+
+def _refusal(judged: _Judged, rounded: _Judged) -> str | None:
+    """Why a result is not accepted, or None. Written so that NaN is refused."""
+    if not judged.worst <= CHANGE_LIMIT:
+        return f"a group moved {judged.worst:.3g} times as far as rounding to nearest would move it (allowed: {CHANGE_LIMIT:g})"
+    if not judged.error <= rounded.error:
+        return f"output error {judged.error:.3g} is above that of rounding to nearest, {rounded.error:.3g}"
+    return None
+
+
+def _solution(method: str, judged: _Judged, rounded: _Judged, group: _Group, damp: float, events: tuple[str, ...]) -> Solution:
+    diagonal_I = group.gram_II.diagonal()
+    live = diagonal_I[diagonal_I > 0]
+    return Solution(
+        weight=judged.weight,
+        method=method,
+        error=judged.error,
+        error_rounded=rounded.error,
+        weight_change=judged.weight_change,
+        damp=damp,
+        dead=diagonal_I.shape[0] - live.numel(),
+        near_dead=int((live < NEAR_DEAD * live.median()).sum()) if live.numel() else 0,
+        events=events,
+    )
+
+
+def _ratio(part: float, whole: float) -> float:
+    """part / whole; 0 when the whole is nothing (no tokens, or a weight of zeros)."""
+    return part / whole if whole > 0 else 0.0

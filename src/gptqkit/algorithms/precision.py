@@ -1,0 +1,49 @@
+"""Precision of float32 matrix products: one switch, set for the length of a call and always put back.
+
+torch may compute float32 products from shortened operands (TF32 on CUDA, bfloat16 on CPUs that have it) when the program around us asked
+for it. The solver never wants that silently, so its products run under `exact`. The Gram matrix of bfloat16 activations is the opposite
+case: its operands *are* bfloat16 values stored in float32, so the short product is exact, the sum is float32 either way, and the matrix
+units run at twice the speed; it runs under `short_operands`.
+
+The switch is per process, not per thread: two threads inside different contexts would see each other's setting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+@contextmanager
+def exact() -> Iterator[None]:
+    """Float32 products from full float32 operands, on every device."""
+    with _precision("ieee", "ieee", "highest"):
+        yield
+
+
+@contextmanager
+def short_operands() -> Iterator[None]:
+    """Allows the CPU to shorten float32 operands to bfloat16; lossless exactly when they hold bfloat16 values. CUDA stays exact."""
+    with _precision("bf16", "ieee", "medium"):
+        yield
+
+
+@contextmanager
+def _precision(cpu: str, cuda: str, legacy: str) -> Iterator[None]:
+    cpu_switch, cuda_switch = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    if not (hasattr(cpu_switch, "fp32_precision") and hasattr(cuda_switch, "fp32_precision")):  # before torch 2.9: one switch for both
+        before = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision(legacy)
+        try:
+            yield
+        finally:
+            torch.set_float32_matmul_precision(before)
+        return
+    cpu_before, cuda_before = cpu_switch.fp32_precision, cuda_switch.fp32_precision
+    cpu_switch.fp32_precision, cuda_switch.fp32_precision = cpu, cuda
+    try:
+        yield
+    finally:
+        cpu_switch.fp32_precision, cuda_switch.fp32_precision = cpu_before, cuda_before
