@@ -69,6 +69,11 @@ class TensorSource:
             _check_index(folder, _weight_map(index), tensors)
         return cls(folder, tensors)
 
+    @classmethod
+    def open_file(cls, path: Path) -> TensorSource:
+        """One safetensors file by itself. Raises InputError as `open`."""
+        return cls(path.parent, _header(path.parent, path.name))
+
     @property
     def names(self) -> tuple[str, ...]:
         return tuple(self._tensors)

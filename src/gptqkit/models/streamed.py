@@ -1,0 +1,201 @@
+"""A causal LM that is never whole in memory: weights arrive block by block and leave again.
+
+    skeleton (meta) --embed--> hidden states, block calls --block 0, 1, …--> hidden states --head--> logits
+
+Everything outside the blocks is run by the model's own forward (see standin.py); its weights are loaded when a module is first called and
+dropped at the end of the phase. Shapes: B = sequences of one batch, T = their length, H = hidden size, V = vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from gptqkit.core.errors import InputError
+from gptqkit.hf.skeleton import build_skeleton, checkpoint_names, is_conv1d, load_config
+from gptqkit.models.layout import Layout, discover
+from gptqkit.models.standin import Call, CallStore, StopForward, stand_ins
+from gptqkit.models.weights import Weights, open_weights
+
+
+class StreamedModel:
+    """A model folder, ready to be run phase by phase on one device.
+
+    >>> model = StreamedModel.open(Path("MODEL"), device=torch.device("cpu"), dtype=torch.float32)      # doctest: +SKIP
+    >>> hidden = model.embed(ids_BT, batch=0, calls=calls)                                              # doctest: +SKIP
+    """
+
+    def __init__(self, skeleton: nn.Module, layout: Layout, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+        self.skeleton = skeleton
+        self.layout = layout
+        self.weights = weights
+        self.device = device
+        self.dtype = dtype
+        self.disk_name = checkpoint_names(skeleton, weights.names)
+        self._twins = _twins(skeleton)
+        self._meta: dict[str, nn.Parameter] = {}
+        self._check_complete()
+        for name, buffer in list(skeleton.named_buffers()):
+            self._set_buffer(name, self.weights.read(self.disk_name[name]) if name in self.disk_name else buffer)
+
+    @classmethod
+    def open(cls, folder: Path, *, device: torch.device, dtype: torch.dtype, trust_remote_code: bool = False) -> StreamedModel:
+        """Builds the skeleton and checks that every parameter has its tensor. Raises InputError naming what is wrong."""
+        config = load_config(folder, trust_remote_code=trust_remote_code)
+        skeleton = build_skeleton(config, dtype, trust_remote_code=trust_remote_code)
+        return cls(skeleton, discover(skeleton), open_weights(folder), device, dtype)
+
+    @property
+    def block_count(self) -> int:
+        return len(self.layout.blocks)
+
+    def block(self, index: int) -> nn.Module:
+        return self.skeleton.get_submodule(self.layout.block_name(index))
+
+    @contextmanager
+    def loaded_block(self, index: int) -> Iterator[nn.Module]:
+        """The block with its weights on the device, in the run's dtype; dropped on leaving."""
+        prefix = self.layout.block_name(index) + "."
+        names = [name for name, _ in self.skeleton.named_parameters() if name.startswith(prefix)]
+        self._load(names)
+        try:
+            yield self.block(index)
+        finally:
+            self._drop(names)
+
+    @contextmanager
+    def loaded_outside(self) -> Iterator[None]:
+        """While inside, modules outside the blocks load their weights when they are first called; all are dropped on leaving."""
+        loaded: list[str] = []
+        hooks = []
+        for prefix, names in self._outside().items():
+            owner = self.skeleton.get_submodule(prefix)
+            if next(owner.children(), None) is not None:
+                self._load(names)
+                loaded += names
+                continue
+
+            def load(module: nn.Module, inputs: Any, names: list[str] = names) -> None:
+                missing = [name for name in names if self._parameter(name).is_meta]
+                self._load(missing)
+                loaded.extend(missing)
+
+            hooks.append(owner.register_forward_pre_hook(load))
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            self._drop(loaded)
+
+    def embed(self, ids_BT: Tensor, batch: int, calls: CallStore) -> Tensor:
+        """What block 0 receives, [B, T, H]; how every block is called for this batch goes into `calls`."""
+        received: list[Tensor] = []
+        last = self.block_count - 1
+
+        def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            hidden, call = Call.split(args, kwargs)
+            calls.put(batch, index, call)
+            if index == 0:
+                received.append(hidden)
+            if index == last:
+                raise StopForward
+            return (hidden,) if self.layout.returns_tuple else hidden
+
+        with stand_ins(self.skeleton, self.layout.path, record):
+            try:
+                self.skeleton(input_ids=ids_BT.to(self.device), use_cache=False)
+            except StopForward:
+                pass
+        return received[0]
+
+    def head(self, ids_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
+        """The logits [B, T, V] that follow from what the last block returned."""
+
+        def inject(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return (hidden_BTH,) if self.layout.returns_tuple else hidden_BTH
+
+        with stand_ins(self.skeleton, self.layout.path, inject):
+            return self.skeleton(input_ids=ids_BT.to(self.device), use_cache=False).logits
+
+    def read_parameter(self, name: str) -> Tensor:
+        """The checkpoint's tensor for a parameter, in the orientation of the module, in the checkpoint's dtype, on the CPU."""
+        tensor = self.weights.read(self.disk_name[name])
+        return tensor.T.contiguous() if self._flips(name) else tensor
+
+    def put_parameter(self, name: str, value: Tensor) -> None:
+        """Overwrites a loaded parameter, cast to the run's dtype."""
+        self._parameter(name).data.copy_(value)
+
+    def _parameter(self, name: str) -> nn.Parameter:
+        prefix, _, leaf = name.rpartition(".")
+        parameter = self.skeleton.get_submodule(prefix)._parameters[leaf]
+        assert parameter is not None
+        return parameter
+
+    def _load(self, names: list[str]) -> None:
+        for name in names:
+            self._meta[name] = self._parameter(name)
+            value = self.read_parameter(name).to(device=self.device, dtype=self.dtype)
+            self._set(name, nn.Parameter(value, requires_grad=False))
+
+    def _drop(self, names: list[str]) -> None:
+        for name in names:
+            self._set(name, self._meta.pop(name))
+
+    def _set(self, name: str, parameter: nn.Parameter) -> None:
+        for twin in self._twins[name]:
+            prefix, _, leaf = twin.rpartition(".")
+            self.skeleton.get_submodule(prefix)._parameters[leaf] = parameter
+
+    def _set_buffer(self, name: str, value: Tensor) -> None:
+        prefix, _, leaf = name.rpartition(".")
+        owner = self.skeleton.get_submodule(prefix)
+        current = owner._buffers[leaf]
+        assert current is not None
+        owner._buffers[leaf] = value.to(device=self.device, dtype=current.dtype)
+
+    def _outside(self) -> dict[str, list[str]]:
+        """Owner module -> names of its own parameters, for everything outside the blocks; tied ones under each owner."""
+        below = self.layout.path + "."
+        owners: dict[str, list[str]] = {}
+        for name, twins in self._twins.items():
+            if not name.startswith(below):
+                for twin in twins:
+                    owners.setdefault(twin.rpartition(".")[0], []).append(name)
+        return owners
+
+    def _check_complete(self) -> None:
+        for name, twins in list(self._twins.items()):
+            present = [twin for twin in twins if twin in self.disk_name]
+            if not present:
+                raise InputError(f"the checkpoint holds no tensor for {name}, which {type(self.skeleton).__name__} needs")
+            self.disk_name[name] = self.disk_name[present[0]]
+        for name in self._twins:
+            expected = self._parameter(name).shape
+            disk_name = self.disk_name[name]
+            shape = self.weights.shape(disk_name)
+            if self._flips(name):
+                shape = tuple(reversed(shape))
+            if shape != tuple(expected):
+                raise InputError(f"tensor {disk_name} has shape {list(shape)}; {type(self.skeleton).__name__} needs {list(expected)} (config.json of another model?)")
+
+    def _flips(self, name: str) -> bool:
+        """True when the checkpoint gives [out, in] for a module that holds [in, out]."""
+        owner = self.skeleton.get_submodule(name.rpartition(".")[0])
+        return self.weights.is_expanded(self.disk_name[name]) and is_conv1d(owner)
+
+
+def _twins(model: nn.Module) -> dict[str, list[str]]:
+    """Every distinct parameter under its first name -> all names it goes by (tied weights)."""
+    first: dict[int, str] = {}
+    names: dict[str, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        canonical = first.setdefault(id(parameter), name)
+        names.setdefault(canonical, []).append(name)
+    return names

@@ -1,0 +1,78 @@
+"""Where a streamed model's weights come from: a plain checkpoint, or a quantized one expanded linear by linear."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from torch import Tensor
+
+from gptqkit.checkpoint.quantized import QuantizedCheckpoint, is_quantized
+from gptqkit.checkpoint.source import TensorSource
+
+
+class Weights(Protocol):
+    """Tensors by checkpoint name. Quantized linears appear as `NAME.weight`, always [out, in]."""
+
+    @property
+    def names(self) -> tuple[str, ...]: ...
+
+    def read(self, name: str) -> Tensor:
+        """A fresh CPU tensor."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """The shape of what `read(name)` returns, from the headers."""
+
+    def is_expanded(self, name: str) -> bool:
+        """True when `read(name)` is a dequantized linear: [out, in] whatever the module's own orientation."""
+
+
+class DenseWeights:
+    """The tensors of a plain checkpoint as they are."""
+
+    def __init__(self, source: TensorSource) -> None:
+        self.source = source
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return self.source.names
+
+    def read(self, name: str) -> Tensor:
+        return self.source.read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self.source.info(name).shape
+
+    def is_expanded(self, name: str) -> bool:
+        return False
+
+
+class QuantizedWeights:
+    """A quantized checkpoint as if it were plain: linears are dequantized in float32 when they are read."""
+
+    def __init__(self, checkpoint: QuantizedCheckpoint) -> None:
+        self.checkpoint = checkpoint
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (*self.checkpoint.dense_names, *(f"{name}.weight" for name in self.checkpoint.linears))
+
+    def read(self, name: str) -> Tensor:
+        if self.is_expanded(name):
+            return self.checkpoint.read_linear(name.removesuffix(".weight")).dequantize()
+        return self.checkpoint.source.read(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        if self.is_expanded(name):
+            return self.checkpoint.shape(name.removesuffix(".weight"))
+        return self.checkpoint.source.info(name).shape
+
+    def is_expanded(self, name: str) -> bool:
+        return name.removesuffix(".weight") in self.checkpoint.linears
+
+
+def open_weights(folder: Path) -> Weights:
+    """The weights of a model folder, quantized or not. Raises InputError for what cannot be read."""
+    if is_quantized(folder):
+        return QuantizedWeights(QuantizedCheckpoint.open(folder))
+    return DenseWeights(TensorSource.open(folder))

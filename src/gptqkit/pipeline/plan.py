@@ -1,0 +1,267 @@
+"""The plan of a quantization: every linear and its spec, what stays as it is, sizes, and predicted memory. Pure: nothing is computed.
+
+`quantize` carries out exactly this object and `--dry-run` prints it, so what is refused is refused here, before long work.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptqkit.checkpoint.quantized import is_quantized
+from gptqkit.core.config import LinearSpec, QuantConfig
+from gptqkit.core.errors import InputError
+from gptqkit.core.events import Event
+from gptqkit.formats import get_format
+from gptqkit.hf.skeleton import resolve_model
+from gptqkit.models.layout import InputGroup
+from gptqkit.models.streamed import StreamedModel
+from gptqkit.models.weights import DenseWeights
+from gptqkit.pipeline.device import available_memory, resolve_device, resolve_dtype
+
+BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
+"""Tokens of one forward. Fixed per device type, never derived from free memory: batch shape decides the last bits of a result."""
+
+
+@dataclass(frozen=True, slots=True)
+class PlannedLinear:
+    """A linear that will be quantized; `name` as in the checkpoint."""
+
+    name: str
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    sym: bool
+
+
+@dataclass(frozen=True, slots=True)
+class KeptTensor:
+    """A tensor that is copied unchanged, and why."""
+
+    name: str
+    reason: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Memory:
+    """Where activations go and what the run is predicted to need, in bytes above the process's start."""
+
+    paused: bool
+    """All batches of a block in flight at once (fast), or replayed per input group (small)."""
+    place: str
+    """Where hidden states wait between blocks: "device", "ram" or "disk"."""
+    activations: int
+    peak: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a run will do. Sizes in bytes."""
+
+    model: str
+    blocks: int
+    linears: tuple[PlannedLinear, ...]
+    skipped: tuple[KeptTensor, ...]
+    kept: tuple[KeptTensor, ...]
+    size_before: int
+    size_after: int
+    device: str
+    dtype: str
+    memory: Memory
+    seqlen: int
+    seconds: float | None = None
+    events: tuple[Event, ...] = field(default=())
+
+    @property
+    def peak_memory(self) -> int:
+        return self.memory.peak
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "peak_memory": self.memory.peak}
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A plan together with the opened model it was made from."""
+
+    folder: Path
+    model: StreamedModel
+    weights: DenseWeights
+    plan: Plan
+
+
+def make_plan(model: str, config: QuantConfig, **options: Any) -> Plan:
+    """See `gptqkit.api.plan`."""
+    return prepare(model, config, **options).plan
+
+
+def prepare(
+    model: str,
+    config: QuantConfig,
+    *,
+    samples: int = 128,
+    seqlen: int = 2048,
+    device: str = "auto",
+    dtype: str = "auto",
+    memory: int | None = None,
+    trust_remote_code: bool = False,
+) -> Prepared:
+    """Opens the model and plans. Raises InputError for everything that can be known to fail."""
+    for name, value in (("samples", samples), ("seqlen", seqlen)):
+        if value < 1:
+            raise InputError(f"{name}={value}; allowed: 1 or more")
+    on = resolve_device(device)
+    compute = resolve_dtype(dtype, on)
+    folder = resolve_model(model, trust_remote_code=trust_remote_code)
+    if is_quantized(folder):
+        raise InputError(f"{model} is quantized already; use `gptqkit convert` for another format, or start from the original model")
+    streamed = StreamedModel.open(folder, device=on, dtype=compute, trust_remote_code=trust_remote_code)
+    weights = streamed.weights
+    assert isinstance(weights, DenseWeights)
+    linears, skipped = _linears(streamed, config)
+    events = list(_notes(streamed, config, seqlen))
+    seqlen = min(seqlen, context_length(streamed) or seqlen)
+    planned = {f"{linear.name}.weight" for linear in linears}
+    kept = _kept(streamed, weights, planned, {tensor.name for tensor in skipped})
+    after = sum(_packed_bytes(linear) for linear in linears) + sum(tensor.bytes for tensor in (*kept, *skipped))
+    plan = Plan(
+        model=folder.resolve().name,
+        blocks=streamed.block_count,
+        linears=linears,
+        skipped=skipped,
+        kept=kept,
+        size_before=weights.source.nbytes,
+        size_after=after,
+        device=str(on),
+        dtype=str(compute).removeprefix("torch."),
+        memory=predict_memory(streamed, samples * seqlen if config.method == "gptq" else 0, memory),
+        seqlen=seqlen,
+        events=tuple(events),
+    )
+    return Prepared(folder, streamed, weights, plan)
+
+
+def context_length(model: StreamedModel) -> int | None:
+    """The longest sequence the model takes, where its configuration says so."""
+    value = getattr(model.skeleton.config, "max_position_embeddings", None)
+    return value if isinstance(value, int) and value > 0 else None
+
+
+def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Memory:
+    """Peak bytes of a run over `tokens` calibration tokens, and where its activations fit.
+
+    One block, its activations and one Gram matrix with the solver's copies of it, or the embedding and head, whichever is more:
+
+        hidden     tokens x H                                    between blocks
+        in flight  tokens x (3 H + widest input + outputs before it)   paused; one batch only when replayed
+        solver     4 I^2 + 4 rows x I, float32                   Gram, damped copy, factor, inverse; weights, codes, errors
+    """
+    element = model.dtype.itemsize
+    hidden = model.skeleton.config.get_text_config().hidden_size
+    batch = min(tokens, BATCH_TOKENS[model.device.type])
+    stored = tokens * hidden * element
+    blocks = [_BlockCost.of(groups) for groups in {group for group in model.layout.blocks}]
+    in_flight = tokens * max((3 * hidden + b.width) * element for b in blocks)
+    host_budget = available_memory(torch.device("cpu")) // 2 if budget is None else budget
+    device_budget = available_memory(model.device) // 2 if model.device.type == "cuda" else host_budget
+    paused = stored + in_flight <= device_budget
+    place = "device" if paused or stored <= device_budget else "ram" if stored <= host_budget else "disk"
+    working = batch * max((3 * hidden + 2 * b.width) * element for b in blocks)
+    block_bytes = max((b.parameters * element + 2 * b.largest * 4) for b in blocks)
+    flight = in_flight if paused else 0
+    at_solve = max(b.solver for b in blocks) if tokens else 0
+    outside = sum(p.numel() for n, p in model.skeleton.named_parameters() if not n.startswith(model.layout.path + ".")) * element
+    peak = (stored if place == "device" or model.device.type == "cpu" and place == "ram" else 0) + max(
+        block_bytes + max(flight + working, flight + at_solve), outside + working
+    )
+    return Memory(paused, place, stored, peak)
+
+
+@dataclass(frozen=True, slots=True)
+class _BlockCost:
+    width: int
+    parameters: int
+    largest: int
+    solver: int
+
+    @classmethod
+    def of(cls, groups: tuple[InputGroup, ...]) -> _BlockCost:
+        outputs = [sum(linear.out_features for linear in group.linears) for group in groups]
+        before = [0, *outputs[:-1]]
+        sizes = [linear.out_features * linear.in_features for group in groups for linear in group.linears]
+        solver = max(4 * (4 * g.in_features**2 + 4 * out * g.in_features) for g, out in zip(groups, outputs, strict=True))
+        return cls(max(g.in_features + b for g, b in zip(groups, before, strict=True)), sum(sizes), max(sizes), solver)
+
+
+def _linears(model: StreamedModel, config: QuantConfig) -> tuple[tuple[PlannedLinear, ...], tuple[KeptTensor, ...]]:
+    planned, skipped = [], []
+    for index, groups in enumerate(model.layout.blocks):
+        for info in (linear for group in groups for linear in group.linears):
+            name = linear_name(model, index, info.name)
+            spec = config.spec(name)
+            if spec is None:
+                skipped.append(KeptTensor(f"{name}.weight", "skipped by a rule", _nbytes(model, f"{name}.weight")))
+                continue
+            _check(name, spec, info.out_features, info.in_features, config)
+            planned.append(PlannedLinear(name, (info.out_features, info.in_features), spec.bits, spec.group_size, spec.sym))
+    names = [linear.name for linear in planned] + [tensor.name.removesuffix(".weight") for tensor in skipped]
+    for rule in config.rules:
+        if not any(re.search(rule.pattern, name) for name in names):
+            raise InputError(f"--rule {rule.pattern!r} matches no linear; names look like {names[0]}")
+    if config.method == "rtn" and config.desc_act:
+        raise InputError("desc_act needs calibration, and method rtn has none; drop --desc-act or use --method gptq")
+    return tuple(planned), tuple(skipped)
+
+
+def linear_name(model: StreamedModel, block: int, linear: str) -> str:
+    """The checkpoint's name of a linear, without `.weight`."""
+    return model.disk_name[f"{model.layout.block_name(block)}.{linear}.weight"].removesuffix(".weight")
+
+
+def _check(name: str, spec: LinearSpec, out_features: int, in_features: int, config: QuantConfig) -> None:
+    if spec.group_size != -1 and in_features % spec.group_size:
+        fitting = [str(size) for size in (32, 64, 128, 256) if in_features % size == 0] + ["-1"]
+        raise InputError(
+            f"group_size={spec.group_size} does not divide in_features={in_features} of {name}; "
+            f"use {', '.join(fitting[:-1])}{' or ' if fitting[:-1] else ''}{fitting[-1]}, or exclude it with --rule '{re.escape(name)}=skip'"
+        )
+    reason = get_format(config.format).refuses_spec(spec, out_features, in_features, config.desc_act)
+    if reason is not None:
+        raise InputError(f"{name}: {reason}")
+
+
+def _notes(model: StreamedModel, config: QuantConfig, seqlen: int) -> list[Event]:
+    notes = []
+    context = context_length(model)
+    if context is not None and seqlen > context:
+        notes.append(Event("warning", f"seqlen {seqlen} is longer than the model's context; using {context}", {"seqlen": context}))
+    if config.desc_act:
+        notes.append(Event("warning", "desc_act writes a real g_idx: vLLM 0.33, mlx-lm, compressed-tensors and GGUF refuse it; --order activation needs none", {}))
+    return notes
+
+
+def _kept(model: StreamedModel, weights: DenseWeights, planned: set[str], skipped: set[str]) -> tuple[KeptTensor, ...]:
+    reasons = {model.disk_name[kept.name]: kept.reason for kept in model.layout.kept}
+    return tuple(
+        KeptTensor(name, reasons.get(name, "not a parameter of the model"), _nbytes(model, name))
+        for name in weights.names
+        if name not in planned and name not in skipped
+    )
+
+
+def _nbytes(model: StreamedModel, name: str) -> int:
+    weights = model.weights
+    assert isinstance(weights, DenseWeights)
+    return weights.source.info(name).nbytes
+
+
+def _packed_bytes(linear: PlannedLinear) -> int:
+    out_features, in_features = linear.shape
+    groups = 1 if linear.group_size == -1 else math.ceil(in_features / linear.group_size)
+    return out_features * in_features * linear.bits // 8 + out_features * groups * (2 + linear.bits // 8)
