@@ -14,9 +14,17 @@ from gptqkit.core.weight import QuantizedWeight
 class Format(Protocol):
     """One on-disk layout. Local tensor names (e.g. "qweight") are appended to the linear's name with a dot."""
 
-    name: str
-    tensor_names: frozenset[str]
-    """Every local name the layout may use."""
+    @property
+    def name(self) -> str:
+        """One of core.config.FORMAT_NAMES."""
+
+    @property
+    def packed_name(self) -> str:
+        """The local name of the packed codes: where this tensor is, there is a quantized linear."""
+
+    @property
+    def tensor_names(self) -> frozenset[str]:
+        """Every local name the layout may use."""
 
     def refuses_spec(self, spec: LinearSpec, out_features: int, in_features: int, desc_act: bool) -> str | None:
         """Why a linear of this shape and spec cannot be stored, known before any work; None when it can."""
@@ -32,7 +40,8 @@ class Format(Protocol):
 
     def config(self, specs: Mapping[str, LinearSpec], skipped: list[str], *, desc_act: bool, details: Mapping[str, Any]) -> dict[str, Any]:
         """The `quantization_config` of config.json. `specs` maps every quantized linear's full name to its spec;
-        `skipped` lists linears left in full precision; `details` are free-form facts for the config's `meta`."""
+        `skipped` lists linears left in full precision. `details` are facts about how it was made: damp_percent, true_sequential,
+        static_groups and order go where readers look for them, everything else into `meta`."""
 
     def specs(self, config: Mapping[str, Any], names: list[str]) -> dict[str, LinearSpec]:
-        """The spec of each quantized linear in `names` according to a `quantization_config`."""
+        """The spec of each quantized linear in `names` according to a `quantization_config`. Raises InputError when it has none."""
