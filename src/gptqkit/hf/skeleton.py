@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,8 @@ def hub_cache() -> Path:
     from huggingface_hub.constants import HF_HUB_CACHE
 
     return Path(os.fspath(HF_HUB_CACHE))
+
+
+def transformers_version() -> str:
+    """The version of transformers that is installed."""
+    return version("transformers")

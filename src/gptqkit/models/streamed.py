@@ -54,6 +54,17 @@ class StreamedModel:
     def block_count(self) -> int:
         return len(self.layout.blocks)
 
+    @property
+    def context(self) -> int | None:
+        """The longest sequence the model takes, where its configuration says so."""
+        value = getattr(self.skeleton.config, "max_position_embeddings", None)
+        return value if isinstance(value, int) and value > 0 else None
+
+    @property
+    def vocabulary(self) -> int:
+        """Rows of the input embedding: token ids must be below."""
+        return self.skeleton.get_input_embeddings().weight.shape[0]
+
     def block(self, index: int) -> nn.Module:
         return self.skeleton.get_submodule(self.layout.block_name(index))
 

@@ -95,12 +95,14 @@ class Journal:
 
     def publish(self) -> None:
         """Moves the finished checkpoint into the output folder, config.json last. Safe to repeat after an interruption."""
-        if self.checkpoint.is_dir():
-            files = sorted(self.checkpoint.iterdir(), key=lambda path: (path.name == "config.json", path.name))
-            with writing(self.out):
-                for path in files:
-                    if not path.name.endswith(".tmp"):
-                        rename(path, self.out / path.name)
+        if not self.checkpoint.is_dir():
+            return
+        files = [path for path in self.checkpoint.rglob("*") if path.is_file() and not path.name.endswith(".tmp")]
+        with writing(self.out):
+            for path in sorted(files, key=lambda path: (path.name == "config.json", str(path))):
+                target = self.out / path.relative_to(self.checkpoint)
+                target.parent.mkdir(exist_ok=True)
+                rename(path, target)
 
     def remove(self) -> None:
         """Ends the journal: the run is finished."""

@@ -22,7 +22,7 @@ from gptqkit.hf.skeleton import resolve_model
 from gptqkit.models.layout import InputGroup
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.models.weights import DenseWeights
-from gptqkit.pipeline.device import available_memory, resolve_device, resolve_dtype
+from gptqkit.models.device import available_memory, resolve_device, resolve_dtype
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of one forward. Fixed per device type, never derived from free memory: batch shape decides the last bits of a result."""
@@ -126,7 +126,7 @@ def prepare(
     assert isinstance(weights, DenseWeights)
     linears, skipped = _linears(streamed, config)
     events = list(_notes(streamed, config, seqlen))
-    seqlen = min(seqlen, context_length(streamed) or seqlen)
+    seqlen = min(seqlen, streamed.context or seqlen)
     planned = {f"{linear.name}.weight" for linear in linears}
     kept = _kept(streamed, weights, planned, {tensor.name for tensor in skipped})
     after = sum(_packed_bytes(linear) for linear in linears) + sum(tensor.bytes for tensor in (*kept, *skipped))
@@ -145,12 +145,6 @@ def prepare(
         events=tuple(events),
     )
     return Prepared(folder, streamed, weights, plan)
-
-
-def context_length(model: StreamedModel) -> int | None:
-    """The longest sequence the model takes, where its configuration says so."""
-    value = getattr(model.skeleton.config, "max_position_embeddings", None)
-    return value if isinstance(value, int) and value > 0 else None
 
 
 def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Memory:
@@ -238,9 +232,8 @@ def _check(name: str, spec: LinearSpec, out_features: int, in_features: int, con
 
 def _notes(model: StreamedModel, config: QuantConfig, seqlen: int) -> list[Event]:
     notes = []
-    context = context_length(model)
-    if context is not None and seqlen > context:
-        notes.append(Event("warning", f"seqlen {seqlen} is longer than the model's context; using {context}", {"seqlen": context}))
+    if model.context is not None and seqlen > model.context:
+        notes.append(Event("warning", f"seqlen {seqlen} is longer than the model's context; using {model.context}", {"seqlen": model.context}))
     if config.desc_act:
         notes.append(Event("warning", "desc_act writes a real g_idx: vLLM 0.33, mlx-lm, compressed-tensors and GGUF refuse it; --order activation needs none", {}))
     return notes

@@ -7,21 +7,23 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptqkit.algorithms.gptq import Solution, solve_group
+from gptqkit.algorithms.gptq import solve_group
 from gptqkit.algorithms.gram import Gram
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.checkpoint.files import write_shard
 from gptqkit.checkpoint.source import TensorSource
+from gptqkit.checkpoint.writer import shard_name
 from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event
+from gptqkit.core.weight import QuantizedWeight
 from gptqkit.formats import get_format
 from gptqkit.models.layout import InputGroup, LinearInfo
 from gptqkit.models.standin import CallStore
@@ -49,7 +51,7 @@ class LinearRecord:
     damp: float | None
     tokens: int
     seconds: float
-    events: tuple[str, ...] = field(default=())
+    events: tuple[str, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +70,7 @@ class Stream:
         return len(self.outside_shards()) + self.plan.blocks
 
     def shard_name(self, number: int) -> str:
-        return f"model-{number:05d}-of-{self.shard_count:05d}.safetensors"
+        return shard_name(number, self.shard_count)
 
     def block_shard(self, index: int) -> str:
         return self.shard_name(len(self.outside_shards()) + index + 1)
@@ -168,9 +170,8 @@ def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int) -
     quantized = {f"{record.name}.weight" for record in worker.records}
     dense = {name: stream.source.read(name) for name in stream.block_tensors(index) if name not in quantized}
     digest = write_shard(stream.journal.checkpoint / shard, {**worker.tensors, **dense})
-    records = [record for record in worker.records]
-    stream.journal.record(index, {"shard": shard, "sha256": digest, "linears": [asdict(record) for record in records]})
-    return records
+    stream.journal.record(index, {"shard": shard, "sha256": digest, "linears": [asdict(record) for record in worker.records]})
+    return worker.records
 
 
 class _BlockWorker:
@@ -199,32 +200,30 @@ class _BlockWorker:
             return
         weights_OI = [self._weight(info) for info, _, _ in chosen]
         specs = [spec for _, _, spec in chosen]
-        names = [name for _, name, _ in chosen]
         if gram is None:
-            solutions = [_rounded(weight_OI, spec) for weight_OI, spec in zip(weights_OI, specs, strict=True)]
+            results = [_rounded(weight_OI, spec) for weight_OI, spec in zip(weights_OI, specs, strict=True)]
         else:
-            solutions = solve_group(
-                weights_OI, gram.finish(name=", ".join(names)), specs, order=self.stream.config.column_order, damp=self.stream.config.damp
-            )
+            if gram.nonfinite:
+                names = ", ".join(name for _, name, _ in chosen)
+                raise InputError(f"the activations that {names} read are NaN or infinite; try --dtype float32, or check the model with another tool")
+            config = self.stream.config
+            solutions = solve_group(weights_OI, gram.finish(), specs, order=config.column_order, damp=config.damp)
+            results = [(s.weight, dict(method=s.method, error=s.error, weight_change=s.weight_change, damp=s.damp, events=s.events)) for s in solutions]
         seconds = (time.perf_counter() - started) / len(chosen)
-        for (info, name, spec), solution in zip(chosen, solutions, strict=True):
-            self._keep(info, name, spec, solution, seconds)
+        for (info, name, spec), (weight, facts) in zip(chosen, results, strict=True):
+            shape = (info.out_features, info.in_features)
+            record = LinearRecord(name, shape, spec.bits, spec.group_size, spec.sym, tokens=self.tokens, seconds=seconds, **facts)
+            self._keep(info, weight, record)
 
-    def _keep(self, info: LinearInfo, name: str, spec: LinearSpec, solution: Solution, seconds: float) -> None:
-        emit = self.stream.emit
-        value_OI = solution.weight.dequantize()
-        parameter = f"{self.stream.model.layout.block_name(self.index)}.{info.name}.weight"
-        self.stream.model.put_parameter(parameter, value_OI.T if info.transposed else value_OI)
-        for local, tensor in self.format.encode(solution.weight).items():
-            self.tensors[f"{name}.{local}"] = tensor
-        record = LinearRecord(
-            name, (info.out_features, info.in_features), spec.bits, spec.group_size, spec.sym, solution.method, solution.error,
-            solution.weight_change, solution.damp, self.tokens, seconds, tuple(solution.events),
-        )  # fmt: skip
+    def _keep(self, info: LinearInfo, weight: QuantizedWeight, record: LinearRecord) -> None:
+        _put(self.stream, self.index, info, weight)
+        for local, tensor in self.format.encode(weight).items():
+            self.tensors[f"{record.name}.{local}"] = tensor
         self.records.append(record)
-        for event in solution.events:
-            emit(Event("fallback", f"{name}: {event}", {"name": name}))
-        emit(Event("linear", name, {"name": name, "block": self.index, "error": solution.error, "weight_change": solution.weight_change}))
+        for event in record.events:
+            self.stream.emit(Event("fallback", f"{record.name}: {event}", {"name": record.name}))
+        facts = {"name": record.name, "block": self.index, "error": record.error, "weight_change": record.weight_change}
+        self.stream.emit(Event("linear", record.name, facts))
 
     def _group(self, index: int) -> InputGroup:
         return self.stream.model.layout.blocks[self.index][index]
@@ -241,10 +240,17 @@ class _BlockWorker:
         return weight.T.contiguous() if info.transposed else weight
 
 
-def _rounded(weight_OI: Tensor, spec: LinearSpec) -> Solution:
+def _rounded(weight_OI: Tensor, spec: LinearSpec) -> tuple[QuantizedWeight, dict[str, Any]]:
     weight = round_to_nearest(weight_OI, spec)
     change = float((weight.dequantize() - weight_OI).norm() / weight_OI.norm().clamp(min=1e-30))
-    return Solution(weight=weight, error=None, weight_change=change, damp=None, events=(), dead=0, near_dead=0, method="rtn")
+    return weight, dict(method="rtn", error=None, weight_change=change, damp=None, events=())
+
+
+def _put(stream: Stream, index: int, info: LinearInfo, weight: QuantizedWeight) -> None:
+    """The quantized weight into the loaded block, so that what follows reads what a user of the checkpoint will compute."""
+    value_OI = weight.dequantize()
+    parameter = f"{stream.model.layout.block_name(index)}.{info.name}.weight"
+    stream.model.put_parameter(parameter, value_OI.T if info.transposed else value_OI)
 
 
 def _restore(stream: Stream, index: int) -> None:
@@ -255,12 +261,9 @@ def _restore(stream: Stream, index: int) -> None:
         for info in group.linears:
             name = linear_name(stream.model, index, info.name)
             spec = stream.config.spec(name)
-            if spec is None:
-                continue
-            tensors = {local: shard.read(f"{name}.{local}") for local in form.tensor_names if f"{name}.{local}" in shard}
-            value_OI = form.decode(tensors, spec).dequantize()
-            parameter = f"{stream.model.layout.block_name(index)}.{info.name}.weight"
-            stream.model.put_parameter(parameter, value_OI.T if info.transposed else value_OI)
+            if spec is not None:
+                tensors = {local: shard.read(f"{name}.{local}") for local in form.tensor_names if f"{name}.{local}" in shard}
+                _put(stream, index, info, form.decode(tensors, spec))
 
 
 def _write_outside(stream: Stream) -> None:

@@ -1,0 +1,172 @@
+"""Perplexity, and KL(original || model) per token, of checkpoints that are streamed block by block.
+
+    perplexity = exp(mean over positions of -ln q(next token))
+    KL         = mean over positions of sum_v p(v) (ln p(v) - ln q(v)),  p the original, q the model, in nats
+    top-1      = share of positions where p and q have the same most likely token
+
+Every position of a window but the last predicts the next token. Only the hidden states after the last block are kept of each model, and
+logits are made of a few sequences at a time, so two models never need to fit in memory together.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gptqkit.core.errors import InputError
+from gptqkit.core.events import Emit, Event, silent
+from gptqkit.data import heldout_text
+from gptqkit.hf.skeleton import resolve_model
+from gptqkit.hf.tokenizer import encode, load_tokenizer
+from gptqkit.models.device import resolve_device, resolve_dtype
+from gptqkit.models.standin import CallStore
+from gptqkit.models.streamed import StreamedModel
+
+_FORWARD_TOKENS = 4096
+_LOGIT_BYTES = 256 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluation:
+    """How well a model predicts a text, and how far it is from its original. `kl` and `top1` are None without one."""
+
+    perplexity: float
+    reference_perplexity: float | None
+    kl: float | None
+    top1: float | None
+    tokens: int
+    windows: int
+    seqlen: int
+    seconds: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def evaluate_checkpoint(
+    model: str,
+    *,
+    against: str | None,
+    text: str | Path | None,
+    windows: int,
+    seqlen: int,
+    device: str = "auto",
+    dtype: str = "auto",
+    trust_remote_code: bool = False,
+    emit: Emit = silent,
+) -> Evaluation:
+    """See `gptqkit.api.evaluate`."""
+    for name, value, least in (("windows", windows, 1), ("seqlen", seqlen, 2)):
+        if value < least:
+            raise InputError(f"{name}={value}; allowed: {least} or more")
+    on = resolve_device(device)
+    compute = torch.float32 if dtype == "auto" and on.type == "cpu" else resolve_dtype(dtype, on)
+
+    def opened(name: str) -> StreamedModel:
+        folder = resolve_model(name, trust_remote_code=trust_remote_code)
+        return StreamedModel.open(folder, device=on, dtype=compute, trust_remote_code=trust_remote_code)
+
+    subject = opened(model)
+    reference = None if against is None else opened(against)
+    if reference is not None and reference.vocabulary != subject.vocabulary:
+        raise InputError(f"{against} has {reference.vocabulary} tokens and {model} {subject.vocabulary}; KL needs the same vocabulary")
+    folder = resolve_model(against or model, trust_remote_code=trust_remote_code)
+    sequences = read_windows(folder, heldout_text() if text is None else Path(text), windows, seqlen, subject, trust_remote_code)
+    return compare(subject, reference, sequences, emit)
+
+
+def read_windows(folder: Path, text: Path, windows: int, seqlen: int, model: StreamedModel, trust_remote_code: bool) -> list[Tensor]:
+    """Up to `windows` windows of `seqlen` token ids: the text as one stream, without special tokens; NUL separates documents."""
+    if not text.is_file():
+        raise InputError(f"{text} is not a file; --text takes a UTF-8 text file")
+    if model.context is not None and seqlen > model.context:
+        raise InputError(f"seqlen={seqlen} is longer than the model's context of {model.context}; use --seqlen {model.context} or less")
+    content = text.read_text(encoding="utf-8", errors="replace").replace("\x00", "\n")
+    ids = encode(load_tokenizer(folder, trust_remote_code), [content], special=False)[0][: windows * seqlen]
+    count = len(ids) // seqlen
+    if count == 0:
+        raise InputError(f"{text} has {len(ids)} tokens; one window of --seqlen {seqlen} needs {seqlen}")
+    if max(ids) >= model.vocabulary:
+        raise InputError(f"token {max(ids)} of {text} is beyond the model's {model.vocabulary}; the tokenizer in {folder} is that of another model")
+    return [torch.tensor(ids[start : start + seqlen]) for start in range(0, count * seqlen, seqlen)]
+
+
+def compare(subject: StreamedModel, reference: StreamedModel | None, sequences: Sequence[Tensor], emit: Emit = silent) -> Evaluation:
+    """Evaluates on equal-length `sequences` of token ids."""
+    started = time.perf_counter()
+    ids_NT = torch.stack(list(sequences))
+    scores = _Scores()
+    with torch.inference_mode():
+        hidden = _last_hidden(subject, ids_NT, "model", emit)
+        original = None if reference is None else _last_hidden(reference, ids_NT, "original", emit)
+        rows = max(1, _LOGIT_BYTES // (4 * subject.vocabulary * ids_NT.shape[1]))
+        with subject.loaded_outside():
+            if reference is None or original is None:
+                for start in range(0, len(ids_NT), rows):
+                    scores.add(ids_NT[start : start + rows], subject.head(ids_NT[start : start + rows], hidden[start : start + rows]), None)
+            else:
+                with reference.loaded_outside():
+                    for start in range(0, len(ids_NT), rows):
+                        ids = ids_NT[start : start + rows]
+                        logits, expected = subject.head(ids, hidden[start : start + rows]), reference.head(ids, original[start : start + rows])
+                        scores.add(ids, logits, expected)
+    return scores.result(ids_NT, time.perf_counter() - started, compared=reference is not None)
+
+
+def _last_hidden(model: StreamedModel, ids_NT: Tensor, name: str, emit: Emit) -> Tensor:
+    """[N, T, H]: what the last block returns."""
+    step = max(1, _FORWARD_TOKENS // ids_NT.shape[1])
+    batches = [ids_NT[start : start + step] for start in range(0, len(ids_NT), step)]
+    calls = CallStore()
+    emit(Event("stage", f"evaluating the {name}", {"name": name}))
+    with model.loaded_outside():
+        hidden = [model.embed(ids, number, calls) for number, ids in enumerate(batches)]
+    for index in range(model.block_count):
+        with model.loaded_block(index) as block:
+            hidden = [calls.get(number, index).run(block, state) for number, state in enumerate(hidden)]
+        emit(Event("block", f"block {index + 1} of {model.block_count}", {"index": index, "blocks": model.block_count, "stage": name}))
+    return torch.cat(hidden)
+
+
+class _Scores:
+    """Running sums in float64."""
+
+    def __init__(self) -> None:
+        self.nll = self.reference_nll = self.kl = 0.0
+        self.same = self.tokens = 0
+
+    def add(self, ids_NT: Tensor, logits_NTV: Tensor, reference_NTV: Tensor | None) -> None:
+        target = ids_NT[:, 1:].reshape(-1).to(logits_NTV.device)
+        q = F.log_softmax(logits_NTV[:, :-1].float().flatten(0, 1), dim=-1)
+        self.tokens += target.numel()
+        self.nll += F.nll_loss(q, target, reduction="none").double().sum().item()
+        if reference_NTV is not None:
+            p = F.log_softmax(reference_NTV[:, :-1].float().flatten(0, 1), dim=-1)
+            self.reference_nll += F.nll_loss(p, target, reduction="none").double().sum().item()
+            self.same += int((p.argmax(-1) == q.argmax(-1)).sum())
+            self.kl += (p.exp() * (p - q)).sum(-1).double().sum().item()
+
+    def result(self, ids_NT: Tensor, seconds: float, *, compared: bool) -> Evaluation:
+        n = self.tokens
+        return Evaluation(
+            perplexity=_exp(self.nll / n),
+            reference_perplexity=_exp(self.reference_nll / n) if compared else None,
+            kl=self.kl / n if compared else None,
+            top1=self.same / n if compared else None,
+            tokens=n,
+            windows=ids_NT.shape[0],
+            seqlen=ids_NT.shape[1],
+            seconds=seconds,
+        )
+
+
+def _exp(nll: float) -> float:
+    return math.exp(nll) if nll < 700 else math.inf

@@ -1,0 +1,90 @@
+"""What is looked at before long work starts: the output folder, free disk, and every weight once (finite? which bytes?)."""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from gptqkit import __version__
+from gptqkit.checkpoint.files import sha256, writing
+from gptqkit.checkpoint.source import TensorSource
+from gptqkit.core.config import QuantConfig
+from gptqkit.core.errors import InputError, ResourceError
+from gptqkit.hf.skeleton import transformers_version
+from gptqkit.pipeline.journal import FOLDER
+from gptqkit.pipeline.plan import Plan
+
+
+def check_output(out: Path, model: Path, *, resume: bool, overwrite: bool) -> None:
+    """Refuses an output folder that would lose something. Raises InputError; touches nothing."""
+    if resume and overwrite:
+        raise InputError("resume and overwrite contradict each other; give one of them")
+    if out.exists() and not out.is_dir():
+        raise InputError(f"{out} is a file; the output is a folder")
+    resolved, source = out.resolve(), model.resolve()
+    if resolved == source or source.is_relative_to(resolved):
+        raise InputError(f"{out} is or contains the model folder {model}; choose another output folder")
+    if not out.exists() or not any(out.iterdir()):
+        return
+    ours = (out / FOLDER / "run.json").exists() or (out / FOLDER / "journal").exists()
+    if not ours and set(path.name for path in out.iterdir()) != {FOLDER}:
+        raise InputError(f"{out} is not empty and was not written by gptqkit; choose another folder, or empty it yourself")
+    if (out / FOLDER / "journal" / "job.json").exists():
+        if not (resume or overwrite):
+            raise InputError(f"{out} holds an unfinished run; go on with --resume, or start over with --overwrite")
+    elif (out / FOLDER / "run.json").exists() and not (resume or overwrite):
+        raise InputError(f"{out} holds a finished checkpoint; write elsewhere, or replace it with --overwrite")
+
+
+def clear_output(out: Path) -> None:
+    """Empties an output folder that gptqkit wrote (see `check_output`)."""
+    if out.exists():
+        with writing(out):
+            for path in out.iterdir():
+                shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+
+
+def check_disk(out: Path, plan: Plan, done_bytes: int) -> None:
+    """Raises ResourceError when the output cannot fit. Half a percent and a megabyte are allowed for headers and side files."""
+    existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    activations = plan.memory.activations if plan.memory.place == "disk" else 0
+    needed = int(plan.size_after * 1.005) + (1 << 20) + activations - done_bytes
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise ResourceError(f"{out} needs about {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free some space or choose another disk")
+
+
+def fingerprint(folder: Path, source: TensorSource) -> str:
+    """sha256 over config.json and all tensors (names, dtypes, shapes, bytes), reading each once.
+
+    Raises InputError naming the first tensor that holds NaN or infinity: found now, not after an hour.
+    """
+    digest = hashlib.sha256(sha256(folder / "config.json").encode())
+    for name in sorted(source.names):
+        tensor = source.read(name)
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()):
+            bad = int((~torch.isfinite(tensor.float())).sum())
+            raise InputError(f"tensor {name} in {folder / source.info(name).file} holds {bad} NaN or infinite values; the model is damaged, get it again")
+    return digest.hexdigest()
+
+
+def fixed_options(plan: Plan, config: QuantConfig, model_hash: str, calibration: dict[str, Any]) -> dict[str, Any]:
+    """Everything the output's bytes depend on: what may not change when a run is resumed."""
+    return {
+        **{f"config.{key}": value for key, value in config.to_dict().items()},
+        "model": plan.model,
+        "model_sha256": model_hash,
+        "calibration_sha256": calibration.get("sha256"),
+        "seqlen": plan.seqlen,
+        "device": torch.device(plan.device).type,
+        "dtype": plan.dtype,
+        "gptqkit": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers_version(),
+    }
