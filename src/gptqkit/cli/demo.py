@@ -5,6 +5,7 @@ It quantizes llama-tiny at 4 and at 3 bits, measures both against the original, 
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +17,6 @@ from gptqkit.cli.failures import guard
 from gptqkit.cli.options import Debug, Json
 from gptqkit.cli.output import Answer, number, percent, size, table, to_json, width
 from gptqkit.cli.progress import Progress
-from gptqkit.cli.quantize import folder_size
 from gptqkit.core.config import QuantConfig
 from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event
@@ -77,7 +77,7 @@ def _original(emit: Emit) -> dict[str, Any]:
     result = api.evaluate(folder, windows=WINDOWS, emit=emit)
     text = generate_text(load_unquantized(folder), load_tokenizer(folder), PROMPT, max_new_tokens=NEW_TOKENS)
     return {
-        "name": "original", "folder": None, "size": folder_size(folder), "bits_per_weight": 16.0,
+        "name": "original", "folder": None, "size": _weights_size(folder), "bits_per_weight": 16.0,
         "perplexity": result.perplexity, "kl": 0.0, "top1": 1.0, "text": text.text,
     }  # fmt: skip
 
@@ -93,7 +93,7 @@ def _quantized(out: Path, config: QuantConfig, emit: Emit) -> dict[str, Any]:
     result = api.evaluate(out, against=original, windows=WINDOWS, emit=emit)
     text = generate_text(api.load(out), load_tokenizer(out), PROMPT, max_new_tokens=NEW_TOKENS)
     return {
-        "name": f"{config.bits} bits", "folder": str(out), "size": folder_size(out), "bits_per_weight": run.bits_per_weight,
+        "name": f"{config.bits} bits", "folder": str(out), "size": _weights_size(out), "bits_per_weight": run.bits_per_weight,
         "perplexity": result.perplexity, "kl": result.kl, "top1": result.top1, "text": text.text,
     }  # fmt: skip
 
@@ -114,7 +114,9 @@ def describe_demo(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:
     return "\n".join(lines)
 
 
-def _folded(text: str) -> str:
-    import textwrap
+def _weights_size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
 
+
+def _folded(text: str) -> str:
     return textwrap.fill(" ".join(text.split()), min(width(), 80), initial_indent="  ", subsequent_indent="  ")

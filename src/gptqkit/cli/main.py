@@ -79,7 +79,8 @@ def run(arguments: Sequence[str]) -> int:
     except (KeyboardInterrupt, typer.Abort):
         complain("interrupted")
         return INTERRUPTED
-    except BrokenPipeError:
+    except (BrokenPipeError, SystemExit):
+        # with standalone_mode off the parser exits for one reason only: the reader of --help went away
         return BROKEN_PIPE
     return result if isinstance(result, int) else 0
 

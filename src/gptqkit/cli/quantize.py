@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -19,6 +18,8 @@ from gptqkit.core.config import QuantConfig
 
 WORST = 8
 """Linears in the final table: those with the largest error. layers.jsonl has all."""
+
+_PLACES = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
 
 _DESC_ACT = (
     "warning: --desc-act writes a g_idx, and vLLM 0.33, mlx-lm, compressed-tensors and GGUF refuse such checkpoints; "
@@ -162,17 +163,16 @@ def _fallback_line(linears: list[Mapping[str, Any]]) -> str:
     return f"{len(touched)} linears ({names}{', …' if len(touched) > 3 else ''}); see gptqkit/layers.jsonl"
 
 
-def skipped_line(skipped: list[Any]) -> str:
+def skipped_line(skipped: Sequence[Mapping[str, Any]]) -> str:
     """What was left in full precision, grouped by reason.
 
     >>> skipped_line([{"name": "lm_head", "reason": "outside the blocks"}])
     'lm_head (outside the blocks)'
     """
-    entries = [(entry["name"], entry["reason"]) if isinstance(entry, Mapping) else (entry[0], entry[1]) for entry in skipped]
-    reasons = Counter(reason for _, reason in entries)
+    reasons = Counter(entry["reason"] for entry in skipped)
     said = []
     for reason, count in reasons.items():
-        first = next(name for name, other in entries if other == reason)
+        first = next(entry["name"] for entry in skipped if entry["reason"] == reason)
         said.append(f"{first} ({reason})" if count == 1 else f"{count} tensors such as {first} ({reason})")
     return "; ".join(said) or "nothing"
 
@@ -195,16 +195,13 @@ def describe_plan(data: Mapping[str, Any], model: str, config: QuantConfig) -> s
     rows = [[name, shape, bits, group, "yes" if sym else "no", n] for (name, shape, bits, group, sym), n in kinds.items()]
     pairs = [
         ("linears", f"{len(data['linears'])} in {data['blocks']} blocks"),
+        ("not quantized", skipped_line(data["skipped"])),
         ("kept as is", skipped_line(data["kept"])),
         ("size", f"{size(data['size_before'])} -> {size(data['size_after'])}"),
-        ("peak memory", size(data["peak_memory"])),
+        ("computed on", f"{data['device']} in {data['dtype']}"),
+        ("peak memory", f"{size(data['peak_memory'])} predicted; activations wait {_PLACES[data['memory']['place']]} between blocks"),
         ("time", duration(data["seconds"]) if data["seconds"] is not None else "not known on this device"),
     ]
-    notes = [event["message"] if isinstance(event, Mapping) else str(event) for event in data.get("events", ())]
+    notes = ["", *(f"{event['kind']}: {event['message']}" for event in data["events"])] if data["events"] else []
     lines = [f"{model}: {recipe_line(config)}", "", table(["linear", ">shape", ">bits", ">group", "sym", ">count"], rows), "", facts(pairs)]
     return "\n".join([*lines, *notes, "", "Nothing was computed or written (--dry-run)."])
-
-
-def folder_size(folder: Path) -> int:
-    """Bytes of the safetensors files in a folder."""
-    return sum(path.stat().st_size for path in folder.glob("*.safetensors"))
