@@ -17,7 +17,7 @@ def make_weight(
     generator = torch.Generator().manual_seed(seed)
     groups = group_count(in_features, group_size)
     shape = (out_features, groups)
-    exponents = torch.rand(shape, generator=generator) * 30 - 14
+    exponents = torch.rand(shape, generator=generator) * 29.9 - 14
     signs = torch.randint(0, 2, shape, generator=generator) * 2 - 1
     natural = torch.arange(in_features) // (in_features if group_size == -1 else group_size)
     group_I = natural[torch.randperm(in_features, generator=generator)].to(torch.int32)
@@ -32,7 +32,9 @@ def make_weight(
 
 
 @st.composite
-def weights(draw: st.DrawFn, *, bits: Sequence[int], step: int, whole_groups: bool = False, desc_act: bool = False, zero_min: int = 1) -> QuantizedWeight:
+def weights(
+    draw: st.DrawFn, *, bits: Sequence[int], step: int, whole_groups: bool = False, desc_act: bool = False, zero_min: int = 1
+) -> QuantizedWeight:
     """Weights whose sizes are multiples of `step`; with `whole_groups` the group size divides in_features."""
     in_features = step * draw(st.integers(1, 9 if step > 1 else 100))
     sizes = [size for size in (1, 3, 8, 16, 32, 64) if in_features % size == 0 or not whole_groups]

@@ -6,13 +6,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tests.strategies import assert_same, make_weight, weights
 
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.errors import InputError
 from gptqkit.core.weight import QuantizedWeight
 from gptqkit.formats import FORMATS, get_format
 from gptqkit.formats.protocol import Format
-from tests.strategies import assert_same, make_weight, weights
 
 
 def spec_of(weight: QuantizedWeight) -> LinearSpec:
@@ -43,7 +43,9 @@ def test_compressed_tensors_round_trip_at_odd_shapes(weight: QuantizedWeight) ->
     group_size=st.sampled_from([-1, 16, 32]), sym=st.booleans(),
 )  # fmt: skip
 @settings(max_examples=100, deadline=None)
-def test_what_the_spec_does_not_refuse_is_stored(fmt: Format, bits: int, out_features: int, in_features: int, group_size: int, sym: bool) -> None:
+def test_what_the_spec_does_not_refuse_is_stored(
+    fmt: Format, bits: int, out_features: int, in_features: int, group_size: int, sym: bool
+) -> None:
     weight = make_weight(bits=bits, group_size=group_size, out_features=out_features, in_features=in_features, sym=sym)
     reason = fmt.refuses_spec(spec_of(weight), out_features, in_features, desc_act=False)
     assert fmt.refuses(weight) == reason
@@ -81,7 +83,8 @@ def test_refusals_name_the_cause_and_the_remedy() -> None:
         zero_OG=torch.zeros(32, 1, dtype=torch.uint8),
     )  # fmt: skip
     assert gptq.refuses(zero) == (
-        "32 of its zero points are 0, which gptq stores as -1 and readers disagree about; use --format gptq_v2 or --format compressed-tensors"
+        "32 of its zero points are 0, which gptq stores as -1 and readers disagree about; "
+        "use --format gptq_v2 or --format compressed-tensors"
     )
     with pytest.raises(InputError, match="use --format gptq_v2"):
         gptq.encode(zero)
