@@ -74,7 +74,10 @@ def write_shard(path: Path, tensors: Mapping[str, Tensor]) -> str:
     """Atomically writes one safetensors file (metadata format=pt) and returns its sha256. Raises ResourceError or InputError."""
     temporary = path.with_name(path.name + ".tmp")
     with writing(path):
+        temporary.touch()
+        mode = temporary.stat().st_mode & 0o777
         save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary, metadata={"format": "pt"})
+        temporary.chmod(mode)  # safetensors makes its files private to the user; published ones follow the umask
         with open(temporary, "rb") as file:
             digest = _sha256(file)
             os.fsync(file.fileno())
