@@ -107,8 +107,8 @@ def evaluate(
     from gptqkit.evaluate.perplexity import evaluate_checkpoint
 
     return evaluate_checkpoint(
-        str(model), against=None if against is None else str(against), text=text, windows=windows, seqlen=seqlen, device=device, dtype=dtype,
-        trust_remote_code=trust_remote_code, emit=emit,
+        str(model), against=None if against is None else str(against), text=text, windows=windows, seqlen=seqlen, device=device,
+        dtype=dtype, trust_remote_code=trust_remote_code, emit=emit,
     )  # fmt: skip
 
 

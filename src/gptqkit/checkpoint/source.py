@@ -96,7 +96,7 @@ class TensorSource:
         """A fresh CPU tensor. Raises InputError when the file has become shorter than its header says."""
         info = self.info(name)
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        view = memoryview(raw.numpy())
+        view = raw.numpy().data
         with open(self.folder / info.file, "rb", buffering=0) as file:
             file.seek(info.offset)
             done = 0

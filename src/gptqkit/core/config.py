@@ -79,7 +79,11 @@ class Rule:
         return cls(pattern, **values)
 
     def to_dict(self) -> dict[str, Any]:
-        return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) not in (None, False) or f.name == "sym" and self.sym is False}
+        return {
+            f.name: getattr(self, f.name)
+            for f in fields(self)
+            if getattr(self, f.name) not in (None, False) or (f.name == "sym" and self.sym is False)
+        }
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

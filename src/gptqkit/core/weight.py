@@ -49,7 +49,9 @@ class QuantizedWeight:
             _require(tuple(self.zero_OG.shape) == shape, f"zero_OG has shape {tuple(self.zero_OG.shape)}; expected {shape}")
         if self.group_I is not None:
             _require(self.group_I.dtype == torch.int32, f"group_I is {self.group_I.dtype}; expected int32")
-            _require(tuple(self.group_I.shape) == (in_features,), f"group_I has shape {tuple(self.group_I.shape)}; expected ({in_features},)")
+            _require(
+                tuple(self.group_I.shape) == (in_features,), f"group_I has shape {tuple(self.group_I.shape)}; expected ({in_features},)"
+            )
 
     @property
     def out_features(self) -> int:

@@ -95,7 +95,9 @@ def read_windows(folder: Path, text: Path, windows: int, seqlen: int, model: Str
     if count == 0:
         raise InputError(f"{text} has {len(ids)} tokens; one window of --seqlen {seqlen} needs {seqlen}")
     if max(ids) >= model.vocabulary:
-        raise InputError(f"token {max(ids)} of {text} is beyond the model's {model.vocabulary}; the tokenizer in {folder} is that of another model")
+        raise InputError(
+            f"token {max(ids)} of {text} is beyond the model's {model.vocabulary}; the tokenizer in {folder} is that of another model"
+        )
     return [torch.tensor(ids[start : start + seqlen]) for start in range(0, count * seqlen, seqlen)]
 
 
@@ -116,7 +118,10 @@ def compare(subject: StreamedModel, reference: StreamedModel | None, sequences: 
                 with reference.loaded_outside():
                     for start in range(0, len(ids_NT), rows):
                         ids = ids_NT[start : start + rows]
-                        logits, expected = subject.head(ids, hidden[start : start + rows]), reference.head(ids, original[start : start + rows])
+                        logits, expected = (
+                            subject.head(ids, hidden[start : start + rows]),
+                            reference.head(ids, original[start : start + rows]),
+                        )
                         scores.add(ids, logits, expected)
     return scores.result(ids_NT, time.perf_counter() - started, compared=reference is not None)
 

@@ -62,7 +62,7 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise InputError(f"{folder / 'config.json'}: transformers does not accept it: {str(error).splitlines()[0]}") from None
 
 
-def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> nn.Module:
+def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The causal LM with every parameter on the meta device and every buffer computed; in eval mode, without gradients.
 
     A `quantization_config` is left out: this is the architecture, and weights are put in as plain tensors.
@@ -80,7 +80,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
     return model.eval().requires_grad_(False)
 
 
-def checkpoint_names(model: nn.Module, names: Iterable[str]) -> dict[str, str]:
+def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     """Parameter or buffer name in `model` -> name in the checkpoint, through transformers' own renaming rules.
 
     Checkpoint names that the model has no place for are left out. Raises InputError when loading would have to merge or split

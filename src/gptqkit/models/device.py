@@ -25,7 +25,9 @@ def resolve_device(device: str) -> torch.device:
     if resolved.type not in ("cpu", "cuda"):
         raise InputError(f"device={device!r}; this version computes on cpu or cuda")
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device={device!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use --device cpu")
+        raise InputError(
+            f"device={device!r}, but torch {torch.__version__} sees {torch.cuda.device_count()} CUDA devices; use --device cpu"
+        )
     return resolved
 
 

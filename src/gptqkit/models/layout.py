@@ -84,7 +84,7 @@ def find_blocks(model: nn.Module) -> str:
     return max(sizes, key=lambda name: sizes[name])
 
 
-def discover(model: nn.Module) -> Layout:
+def discover(model: Any) -> Layout:
     """The layout of a skeleton (parameters on meta). Raises InputError for a structure that cannot be quantized safely."""
     path = find_blocks(model)
     blocks = model.get_submodule(path)
@@ -118,7 +118,10 @@ class _Probe:
         block = self.blocks[index]
         hidden, call = Call.split(args, kwargs)
         if self._last is not None and not _same_tensor(hidden, self._last):
-            raise InputError(f"block {index} does not receive what block {index - 1} returned: this model works on hidden states between its blocks; not supported yet")
+            raise InputError(
+                f"block {index} does not receive what block {index - 1} returned: this model works on hidden states between its blocks; "
+                "not supported yet"
+            )
         if _signature(block) not in self.groups:
             output = self._run(block, call, hidden)
             self.returns_tuple = not isinstance(output, Tensor)
@@ -149,7 +152,10 @@ class _Probe:
                 hook.remove()
         unused = [name for module, name in linears.items() if module not in seen]
         if unused:
-            raise InputError(f"{type(block).__name__}: the linears {', '.join(unused)} are not called in a forward; their inputs cannot be seen; not supported yet")
+            raise InputError(
+                f"{type(block).__name__}: the linears {', '.join(unused)} are not called in a forward, so their inputs cannot be seen; "
+                "not supported yet"
+            )
         self.groups[_signature(block)] = _grouped(linears, seen)
         return output
 
@@ -202,13 +208,13 @@ def _kept_inside(path: str, blocks: nn.ModuleList) -> list[Kept]:
                 share = 100 * parameter.numel() / total
                 raise InputError(
                     f"{path}.{index}.{name} {tuple(parameter.shape)} is {share:.0f} % of its block and is neither a Linear nor a Conv1D "
-                    "(fused experts, usually); quantizing around it would miss most of the model, and this version handles dense models only"
+                    "(fused experts, usually); quantizing around it would miss most of the model; this version handles dense models only"
                 )
             kept.append(Kept(f"{path}.{index}.{name}", parameter.numel(), "bias" if name.endswith("bias") else "norm or small parameter"))
     return kept
 
 
-def _kept_outside(model: nn.Module, path: str) -> list[Kept]:
+def _kept_outside(model: Any, path: str) -> list[Kept]:
     heads = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     kept = []
     for name, parameter in model.named_parameters():

@@ -30,7 +30,7 @@ class StreamedModel:
     >>> hidden = model.embed(ids_BT, batch=0, calls=calls)                                              # doctest: +SKIP
     """
 
-    def __init__(self, skeleton: nn.Module, layout: Layout, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, skeleton: Any, layout: Layout, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
         self.skeleton = skeleton
         self.layout = layout
         self.weights = weights
@@ -83,20 +83,19 @@ class StreamedModel:
     def loaded_outside(self) -> Iterator[None]:
         """While inside, modules outside the blocks load their weights when they are first called; all are dropped on leaving."""
         loaded: list[str] = []
+
+        def load(names: list[str]) -> None:
+            missing = [name for name in names if self._parameter(name).is_meta]
+            self._load(missing)
+            loaded.extend(missing)
+
         hooks = []
         for prefix, names in self._outside().items():
             owner = self.skeleton.get_submodule(prefix)
-            if next(owner.children(), None) is not None:
-                self._load(names)
-                loaded += names
-                continue
-
-            def load(module: nn.Module, inputs: Any, names: list[str] = names) -> None:
-                missing = [name for name in names if self._parameter(name).is_meta]
-                self._load(missing)
-                loaded.extend(missing)
-
-            hooks.append(owner.register_forward_pre_hook(load))
+            if next(owner.children(), None) is None:
+                hooks.append(owner.register_forward_pre_hook(lambda module, inputs, names=names: load(names)))
+            else:
+                load(names)
         try:
             yield
         finally:
@@ -194,7 +193,10 @@ class StreamedModel:
             if self._flips(name):
                 shape = tuple(reversed(shape))
             if shape != tuple(expected):
-                raise InputError(f"tensor {disk_name} has shape {list(shape)}; {type(self.skeleton).__name__} needs {list(expected)} (config.json of another model?)")
+                raise InputError(
+                    f"tensor {disk_name} has shape {list(shape)}; {type(self.skeleton).__name__} needs {list(expected)} "
+                    "(config.json of another model?)"
+                )
 
     def _flips(self, name: str) -> bool:
         """True when the checkpoint gives [out, in] for a module that holds [in, out]."""

@@ -72,7 +72,10 @@ class BlockPass:
             for index in range(len(self.groups)):
                 for batch, arrival in enumerate(arrivals):
                     if not isinstance(arrival, tuple) or arrival[0] != index:
-                        raise InputError(f"{type(self.block).__name__}: its forward takes another path for batch {batch} than the probe saw; not supported yet")
+                        raise InputError(
+                            f"{type(self.block).__name__}: its forward takes another path for batch {batch} than the probe saw; "
+                            "not supported yet"
+                        )
                     on_input(index, arrival[1])
                 arrivals.clear()
                 on_group(index)
@@ -93,7 +96,9 @@ class BlockPass:
     def _replayed(self, on_input: OnInput, on_group: OnGroup) -> None:
         for index, group in enumerate(self.groups):
 
-            def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], index: int = index, whole: bool = group.revisited) -> None:
+            def hook(
+                module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], index: int = index, whole: bool = group.revisited
+            ) -> None:
                 on_input(index, _input_of(inputs, named))
                 if not whole:
                     raise StopForward

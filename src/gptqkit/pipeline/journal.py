@@ -80,7 +80,7 @@ class Journal:
 
     def finished_blocks(self) -> list[dict[str, Any]]:
         """The records of blocks 0, 1, … up to the first one that is missing or whose shard is not what the record says."""
-        records = []
+        records: list[dict[str, Any]] = []
         while (path := self._record(len(records))).exists():
             record = read_json(path)
             shard = self.checkpoint / record["shard"]

@@ -19,10 +19,10 @@ from gptqkit.core.errors import InputError
 from gptqkit.core.events import Event
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import resolve_model
+from gptqkit.models.device import available_memory, resolve_device, resolve_dtype
 from gptqkit.models.layout import InputGroup
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.models.weights import DenseWeights
-from gptqkit.models.device import available_memory, resolve_device, resolve_dtype
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of one forward. Fixed per device type, never derived from free memory: batch shape decides the last bits of a result."""
@@ -160,7 +160,7 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Mem
     hidden = model.skeleton.config.get_text_config().hidden_size
     batch = min(tokens, BATCH_TOKENS[model.device.type])
     stored = tokens * hidden * element
-    blocks = [_BlockCost.of(groups) for groups in {group for group in model.layout.blocks}]
+    blocks = [_BlockCost.of(groups) for groups in set(model.layout.blocks)]
     in_flight = tokens * max((3 * hidden + b.width) * element for b in blocks)
     host_budget = available_memory(torch.device("cpu")) // 2 if budget is None else budget
     device_budget = available_memory(model.device) // 2 if model.device.type == "cuda" else host_budget
@@ -171,7 +171,7 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Mem
     flight = in_flight if paused else 0
     at_solve = max(b.solver for b in blocks) if tokens else 0
     outside = sum(p.numel() for n, p in model.skeleton.named_parameters() if not n.startswith(model.layout.path + ".")) * element
-    peak = (stored if place == "device" or model.device.type == "cpu" and place == "ram" else 0) + max(
+    peak = (stored if place == "device" or (model.device.type == "cpu" and place == "ram") else 0) + max(
         block_bytes + max(flight + working, flight + at_solve), outside + working
     )
     return Memory(paused, place, stored, peak)
@@ -223,7 +223,7 @@ def _check(name: str, spec: LinearSpec, out_features: int, in_features: int, con
         fitting = [str(size) for size in (32, 64, 128, 256) if in_features % size == 0] + ["-1"]
         raise InputError(
             f"group_size={spec.group_size} does not divide in_features={in_features} of {name}; "
-            f"use {', '.join(fitting[:-1])}{' or ' if fitting[:-1] else ''}{fitting[-1]}, or exclude it with --rule '{re.escape(name)}=skip'"
+            f"use {' or '.join(fitting)}, or exclude it with --rule '{re.escape(name)}=skip'"
         )
     reason = get_format(config.format).refuses_spec(spec, out_features, in_features, config.desc_act)
     if reason is not None:
@@ -233,9 +233,17 @@ def _check(name: str, spec: LinearSpec, out_features: int, in_features: int, con
 def _notes(model: StreamedModel, config: QuantConfig, seqlen: int) -> list[Event]:
     notes = []
     if model.context is not None and seqlen > model.context:
-        notes.append(Event("warning", f"seqlen {seqlen} is longer than the model's context; using {model.context}", {"seqlen": model.context}))
+        notes.append(
+            Event("warning", f"seqlen {seqlen} is longer than the model's context; using {model.context}", {"seqlen": model.context})
+        )
     if config.desc_act:
-        notes.append(Event("warning", "desc_act writes a real g_idx: vLLM 0.33, mlx-lm, compressed-tensors and GGUF refuse it; --order activation needs none", {}))
+        notes.append(
+            Event(
+                "warning",
+                "desc_act writes a real g_idx: vLLM 0.33, mlx-lm, compressed-tensors and GGUF refuse it; --order activation needs none",
+                {},
+            )
+        )
     return notes
 
 

@@ -31,7 +31,7 @@ def check_output(out: Path, model: Path, *, resume: bool, overwrite: bool) -> No
     if not out.exists() or not any(out.iterdir()):
         return
     ours = (out / FOLDER / "run.json").exists() or (out / FOLDER / "journal").exists()
-    if not ours and set(path.name for path in out.iterdir()) != {FOLDER}:
+    if not ours and {path.name for path in out.iterdir()} != {FOLDER}:
         raise InputError(f"{out} is not empty and was not written by gptqkit; choose another folder, or empty it yourself")
     if (out / FOLDER / "journal" / "job.json").exists():
         if not (resume or overwrite):
@@ -55,7 +55,9 @@ def check_disk(out: Path, plan: Plan, done_bytes: int) -> None:
     needed = int(plan.size_after * 1.005) + (1 << 20) + activations - done_bytes
     free = shutil.disk_usage(existing).free
     if free < needed:
-        raise ResourceError(f"{out} needs about {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free some space or choose another disk")
+        raise ResourceError(
+            f"{out} needs about {needed / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free some space or choose another disk"
+        )
 
 
 def fingerprint(folder: Path, source: TensorSource) -> str:
@@ -67,10 +69,12 @@ def fingerprint(folder: Path, source: TensorSource) -> str:
     for name in sorted(source.names):
         tensor = source.read(name)
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
         if tensor.is_floating_point() and not bool(torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor).all()):
             bad = int((~torch.isfinite(tensor.float())).sum())
-            raise InputError(f"tensor {name} in {folder / source.info(name).file} holds {bad} NaN or infinite values; the model is damaged, get it again")
+            raise InputError(
+                f"tensor {name} in {folder / source.info(name).file} holds {bad} NaN or infinite values; the model is damaged, get it again"
+            )
     return digest.hexdigest()
 
 

@@ -154,8 +154,10 @@ class _Recorder:
 def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
     """Everything that can refuse the job, before anything is written."""
     with emit.phase("prepare"):
-        options = dict(samples=job.samples, device=job.device, dtype=job.dtype, memory=job.memory, trust_remote_code=job.trust_remote_code)
-        prepared = prepare(job.model, job.config, seqlen=job.seqlen, **options)
+        prepared = prepare(
+            job.model, job.config, samples=job.samples, seqlen=job.seqlen, device=job.device, dtype=job.dtype, memory=job.memory,
+            trust_remote_code=job.trust_remote_code,
+        )  # fmt: skip
         check_output(job.out, prepared.folder, resume=job.resume, overwrite=job.overwrite)
         for event in prepared.plan.events:
             emit(event)
@@ -195,7 +197,12 @@ def _finish_checkpoint(stream: Stream, prepared: Prepared, records: list[LinearR
     specs = {record.name: LinearSpec(record.bits, record.group_size, record.sym) for record in records}
     skipped = [tensor.name.removesuffix(".weight") for tensor in prepared.plan.skipped]
     config = stream.config
-    details = {"damp_percent": config.damp, "true_sequential": True, "static_groups": config.column_order == "activation", "quantizer": [f"gptqkit:{__version__}"]}
+    details = {
+        "damp_percent": config.damp,
+        "true_sequential": True,
+        "static_groups": config.column_order == "activation",
+        "quantizer": [f"gptqkit:{__version__}"],
+    }
     quantization = get_format(config.format).config(specs, skipped, desc_act=config.desc_act, details=details)
     write_json(folder / "quantize_config.json", quantization)
     write_json(folder / "config.json", {**read_json(prepared.folder / "config.json"), "quantization_config": quantization})
@@ -215,7 +222,11 @@ def _check(stream: Stream, prepared: Prepared, held_back: list[Tensor]) -> Evalu
     result = compare(written, prepared.model, [sequence[:shortest] for sequence in held_back], stream.emit)
     if result.reference_perplexity is not None and not result.perplexity < 3 * result.reference_perplexity:
         times = result.perplexity / result.reference_perplexity
-        stream.emit(Event("warning", f"perplexity is {times:.1f} times the original's on held-back tokens; use more bits or a smaller group size", {}))
+        stream.emit(
+            Event(
+                "warning", f"perplexity is {times:.1f} times the original's on held-back tokens; use more bits or a smaller group size", {}
+            )
+        )
     return replace(result, seconds=round(result.seconds, 3))
 
 
@@ -228,15 +239,31 @@ def _result(
     folder = job.out / FOLDER / "journal" / "checkpoint"
     shards = [*folder.glob("*.safetensors"), *job.out.glob("*.safetensors")]
     packed = sum(
-        source.info(name).nbytes for source in map(TensorSource.open_file, shards) for name in source.names if name not in prepared.weights.source
+        source.info(name).nbytes
+        for source in map(TensorSource.open_file, shards)
+        for name in source.names
+        if name not in prepared.weights.source
     )
     return Run(
-        out=job.out, model=plan.model, config=job.config, linears=tuple(records), skipped=plan.skipped, kept=plan.kept,
-        calibration=calibration.description, check=check, size_before=plan.size_before, size_after=sum(path.stat().st_size for path in shards),
-        bits_per_weight=round(8 * packed / max(weights, 1), 4), seconds=recorder.seconds, peak_memory=meter.host_growth(),
-        predicted_memory=plan.memory.peak, device_memory=meter.device_peak(), environment=_environment(plan.device, plan.dtype), inputs=inputs,
+        out=job.out,
+        model=plan.model,
+        config=job.config,
+        linears=tuple(records),
+        skipped=plan.skipped,
+        kept=plan.kept,
+        calibration=calibration.description,
+        check=check,
+        size_before=plan.size_before,
+        size_after=sum(path.stat().st_size for path in shards),
+        bits_per_weight=round(8 * packed / max(weights, 1), 4),
+        seconds=recorder.seconds,
+        peak_memory=meter.host_growth(),
+        predicted_memory=plan.memory.peak,
+        device_memory=meter.device_peak(),
+        environment=_environment(plan.device, plan.dtype),
+        inputs=inputs,
         events=tuple(recorder.events),
-    )  # fmt: skip
+    )
 
 
 def _environment(device: str, dtype: str) -> dict[str, Any]:
@@ -266,7 +293,9 @@ def _out_of_memory() -> Iterator[None]:
     try:
         yield
     except torch.OutOfMemoryError as error:
-        raise ResourceError(f"the device ran out of memory ({str(error).splitlines()[0]}); lower --samples or --memory and run again with --resume") from error
+        raise ResourceError(
+            f"the device ran out of memory ({str(error).splitlines()[0]}); lower --samples or --memory and run again with --resume"
+        ) from error
     except MemoryError as error:
         raise ResourceError("memory ran out; lower --samples or --memory and run again with --resume") from error
     except RuntimeError as error:

@@ -123,7 +123,13 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
                 made = _quantize_block(stream, index, whole, sum(batch.numel() for batch in batches))
             records += made
             seconds = time.perf_counter() - started
-            stream.emit(Event("block", f"block {index + 1} of {stream.plan.blocks}", {"index": index, "blocks": stream.plan.blocks, "seconds": seconds}))
+            stream.emit(
+                Event(
+                    "block",
+                    f"block {index + 1} of {stream.plan.blocks}",
+                    {"index": index, "blocks": stream.plan.blocks, "seconds": seconds},
+                )
+            )
         hidden.clear()
     return records
 
@@ -205,10 +211,15 @@ class _BlockWorker:
         else:
             if gram.nonfinite:
                 names = ", ".join(name for _, name, _ in chosen)
-                raise InputError(f"the activations that {names} read are NaN or infinite; try --dtype float32, or check the model with another tool")
+                raise InputError(
+                    f"the activations that {names} read are NaN or infinite; try --dtype float32, or check the model with another tool"
+                )
             config = self.stream.config
             solutions = solve_group(weights_OI, gram.finish(), specs, order=config.column_order, damp=config.damp)
-            results = [(s.weight, dict(method=s.method, error=s.error, weight_change=s.weight_change, damp=s.damp, events=s.events)) for s in solutions]
+            results = [
+                (s.weight, dict(method=s.method, error=s.error, weight_change=s.weight_change, damp=s.damp, events=s.events))
+                for s in solutions
+            ]
         seconds = (time.perf_counter() - started) / len(chosen)
         for (info, name, spec), (weight, facts) in zip(chosen, results, strict=True):
             shape = (info.out_features, info.in_features)
