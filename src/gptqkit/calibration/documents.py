@@ -13,8 +13,6 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor
-
 from gptqkit.calibration.files import is_readable, read_file
 from gptqkit.calibration.records import Document, Kind, documents_of
 from gptqkit.core.errors import InputError
@@ -92,7 +90,7 @@ def _open_string(source: str, column: str | None) -> tuple[str, Iterator[tuple[s
 
 def _open_mapping(source: Mapping[str, Any]) -> tuple[str, Iterator[tuple[str, Any]], bool]:
     if "input_ids" in source:
-        return "token ids", iter([("token ids", source)]), False
+        return "the given token ids", iter([("the given token ids", source)]), False
     keys = ", ".join(map(repr, source)) or "none"
     first = next(iter(source), "train")
     raise InputError(f"calibration is a mapping with the keys {keys}; if these are splits, pass one of them: data[{first!r}]")
@@ -103,7 +101,7 @@ def _name(source: Any) -> str:
     builder = getattr(getattr(source, "info", None), "builder_name", None)
     if builder:
         return f"data set {builder}"
-    return "token ids" if isinstance(source, Tensor) else type(source).__name__
+    return f"the given {type(source).__name__.lower()}"
 
 
 def _hub(name: str, split: str, source: str) -> tuple[str, Iterator[tuple[str, Any]], bool]:

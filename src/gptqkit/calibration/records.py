@@ -77,7 +77,7 @@ def _messages(value: Sequence[Mapping[str, Any]], where: str) -> list[dict[str, 
 
 def _numbers(value: Any) -> bool:
     """A non-empty list of ints, or of such lists. Booleans and floats count too, so that the message can say what is wrong with them."""
-    if not isinstance(value, Sequence) or isinstance(value, str) or len(value) == 0:
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)) or len(value) == 0:
         return False
     return all(isinstance(item, (int, float)) or _numbers(item) for item in value)
 

@@ -99,18 +99,20 @@ def pack(documents: Iterator[list[int]], *, samples: int, seqlen: int, name: str
 
 
 def truncate(documents: Iterator[list[int]], *, samples: int, seqlen: int, name: str, emit: Emit) -> Cut:
-    """One sequence from each document, cut to `seqlen`; documents beyond `samples` are held back, else the last ones serve twice."""
+    """One sequence from each document, cut to `seqlen`; documents beyond `samples` are held back, else the longest serve twice."""
     sequences: list[Tensor] = []
     for document in documents:
         sequences.append(torch.tensor(document[:seqlen], dtype=torch.int64))
         if len(sequences) == samples + HELD_BACK:
             break
-    calibration, extra = sequences[:samples], sequences[samples:]
+    calibration = sequences[:samples]
+    extra = [ids_T for ids_T in sequences[samples:] if len(ids_T) > 1]  # one token predicts nothing that could be checked
     if len(calibration) < samples:
         _say_too_few(len(calibration), samples, "sequences", name, emit)
     if len(extra) < HELD_BACK:
         _say_held_back(len(extra), name, emit)
-    held_back = [ids_T[:HELD_BACK_TOKENS].clone() for ids_T in extra or calibration[-HELD_BACK:]]
+    longest = sorted(calibration, key=len, reverse=True)[:HELD_BACK]
+    held_back = [ids_T[:HELD_BACK_TOKENS].clone() for ids_T in extra or longest]
     return Cut(calibration, held_back, len(sequences), reused=not extra)
 
 
