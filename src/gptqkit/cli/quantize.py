@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gptqkit import api
-from gptqkit.cli.failures import complain, guard
+from gptqkit.cli.failures import guard
 from gptqkit.cli.options import Debug, Device, Dtype, Json, Model, Out, Overwrite, TrustRemoteCode, parse_size
 from gptqkit.cli.output import Answer, duration, facts, number, percent, size, table
 from gptqkit.cli.progress import Progress
@@ -20,11 +20,6 @@ WORST = 8
 """Linears in the final table: those with the largest error. layers.jsonl has all."""
 
 _PLACES = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
-
-_DESC_ACT = (
-    "warning: --desc-act writes a g_idx, and vLLM 0.33, mlx-lm, compressed-tensors and GGUF refuse such checkpoints; "
-    "--order activation has nearly the same quality without it"
-)
 
 
 @guard
@@ -84,8 +79,6 @@ def quantize(
     }  # fmt: skip
     request = make_request(recipe, typed, rule or [])
     budget = None if memory is None else parse_size("--memory", memory)
-    if request.config.desc_act:
-        complain(_DESC_ACT)
     if dry_run:
         plan = api.plan(
             model, request.config, samples=request.samples, seqlen=request.seqlen, device=device, dtype=dtype, memory=budget,
@@ -126,8 +119,8 @@ def describe_run(data: Mapping[str, Any], model: str, out: str, config: QuantCon
         ("fallbacks", _fallback_line(linears)),
         ("not quantized", skipped_line(data["skipped"])),
         ("check", _check_line(data["check"])),
-        ("time", duration(data["seconds"])),
-        ("peak memory", f"{size(data['peak_memory'])} (predicted {size(data['predicted_memory'])})"),
+        ("time", _time_line(data["seconds"])),
+        ("peak memory", _memory_line(data)),
         ("written to", out),
     ]
     parts += ["", facts(pairs), "", "Next:"]
@@ -179,11 +172,20 @@ def skipped_line(skipped: Sequence[Mapping[str, Any]]) -> str:
 
 def _check_line(check: Mapping[str, Any] | None) -> str:
     if not check:
-        return "not made"
-    before, after = number(check["perplexity_original"], 4), number(check["perplexity"], 4)
-    return (
-        f"perplexity {before} -> {after}, KL {number(check['kl'])}, top-1 {percent(check['top1'])} ({check['tokens']} held-back tokens)"
-    )
+        return "not made: there were no held-back tokens"
+    before, after = number(check["reference_perplexity"], 4), number(check["perplexity"], 4)
+    quality = f"perplexity {before} -> {after}, KL {number(check['kl'])}, same top token {percent(check['top1'])}"
+    return f"{quality} ({check['tokens']} held-back tokens)"
+
+
+def _time_line(seconds: Mapping[str, float]) -> str:
+    longest = sorted(seconds.items(), key=lambda item: -item[1])[:2]
+    return f"{duration(sum(seconds.values()))} ({', '.join(f'{name} {duration(value)}' for name, value in longest)})"
+
+
+def _memory_line(data: Mapping[str, Any]) -> str:
+    device = f", {size(data['device_memory'])} on the device" if data["device_memory"] else ""
+    return f"{size(data['peak_memory'])} above the start (predicted {size(data['predicted_memory'])}){device}"
 
 
 def describe_plan(data: Mapping[str, Any], model: str, config: QuantConfig) -> str:
