@@ -27,11 +27,14 @@ from gptqkit.algorithms.order import ColumnOrder, column_order
 from gptqkit.algorithms.precision import exact
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.algorithms.sweep import sweep
+from gptqkit.algorithms.threads import one_thread
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.errors import InputError
 from gptqkit.core.weight import QuantizedWeight
 
 CHANGE_LIMIT = 5.0
+ONE_THREAD_FEATURES = 2048
+"""Up to this many in features a CPU solves on one thread (threads.py)."""
 NEAR_DEAD = 1e-3
 """A live column counts as near-dead (reported only; the damping's floor takes care of it) below this fraction of the median H_jj."""
 
@@ -117,7 +120,7 @@ def solve_group(
         )
     group = _Group(gram_II, order, damp)
     solutions: list[Solution | None] = [None] * len(specs)
-    with torch.no_grad(), exact():
+    with torch.no_grad(), exact(), one_thread(gram_II.is_cpu and gram_II.shape[0] <= ONE_THREAD_FEATURES):
         for spec in dict.fromkeys(specs):
             members = [k for k, other in enumerate(specs) if other == spec]
             stacked = _solve_stacked([weights_OI[k].detach().to(gram_II.dtype) for k in members], group, spec)

@@ -17,6 +17,7 @@ Shapes: I = in features (columns), in natural order; a *position* is a place in 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -80,4 +81,4 @@ def _even_bounds(in_features: int, width: int) -> tuple[tuple[int, int], ...]:
 def _group_bounds(group_at_position_I: Tensor) -> tuple[tuple[int, int], ...]:
     """Runs of equal group: also right when the last group is narrower than the others and does not come last."""
     starts = [0, *(torch.nonzero(group_at_position_I.diff()).flatten() + 1).tolist(), group_at_position_I.shape[0]]
-    return tuple(zip(starts[:-1], starts[1:], strict=True))
+    return tuple(pairwise(starts))

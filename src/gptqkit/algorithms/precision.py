@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -32,7 +33,8 @@ def short_operands() -> Iterator[None]:
 
 @contextmanager
 def _precision(cpu: str, cuda: str, legacy: str) -> Iterator[None]:
-    cpu_switch, cuda_switch = torch.backends.mkldnn.matmul, torch.backends.cuda.matmul
+    cpu_switch: Any = getattr(torch.backends.mkldnn, "matmul", None)
+    cuda_switch: Any = torch.backends.cuda.matmul
     if not (hasattr(cpu_switch, "fp32_precision") and hasattr(cuda_switch, "fp32_precision")):  # before torch 2.9: one switch for both
         before = torch.get_float32_matmul_precision()
         torch.set_float32_matmul_precision(legacy)

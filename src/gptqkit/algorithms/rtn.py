@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from gptqkit.core.config import LinearSpec
-from gptqkit.core.grid import Grid, encode, minmax_grid
+from gptqkit.core.grid import encode, minmax_grid
 from gptqkit.core.weight import QuantizedWeight, group_count
 
 
@@ -33,10 +33,11 @@ def round_to_nearest(weight_OI: Tensor, spec: LinearSpec, group_I: Tensor | None
     for group in range(groups):
         columns_C = columns_I[group * size : (group + 1) * size]
         weight_OC = weight_OI[:, columns_C]
-        grid: Grid = minmax_grid(weight_OC, bits=spec.bits, sym=spec.sym)
+        grid = minmax_grid(weight_OC, bits=spec.bits, sym=spec.sym)
         codes_OI[:, columns_C] = encode(weight_OC, grid, spec.bits).to(torch.uint8)
         scale_OG[:, group] = grid.scale_R.to(torch.float16)
         zero_OG[:, group] = grid.zero_R.to(torch.uint8)
+    stored_zero_OG = None if spec.sym else zero_OG
     return QuantizedWeight(
-        bits=spec.bits, group_size=spec.group_size, codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=None if spec.sym else zero_OG, group_I=group_I
+        bits=spec.bits, group_size=spec.group_size, codes_OI=codes_OI, scale_OG=scale_OG, zero_OG=stored_zero_OG, group_I=group_I
     )

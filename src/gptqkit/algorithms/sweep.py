@@ -59,8 +59,7 @@ def sweep(weight_IO: Tensor, root_II: Tensor, order: ColumnOrder, spec: LinearSp
             running_BO.addmm_(inverse_BB.T, root_II[:start, start:stop].T @ error_IO[:start])
         group_B = group_at_I[start:stop]
         if not order.fixed_grids:
-            group = group_B[0]
-            scale_GO[group], zero_GO[group] = minmax_grid(running_BO.T, bits=spec.bits, sym=spec.sym)
+            scale_GO[group_B[0]], zero_GO[group_B[0]] = minmax_grid(running_BO.T, bits=spec.bits, sym=spec.sym)
         grid_B = Grid(scale_GO[group_B], zero_GO[group_B])
         miss_BO = _fix_block(running_BO, level_IO[start:stop], inverse_BB, grid_B, spec.bits)
         torch.addcmul(target_IO[start:stop], level_IO[start:stop], grid_B.scale_R, value=-1, out=error_IO[start:stop])

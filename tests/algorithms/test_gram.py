@@ -1,0 +1,86 @@
+"""The Gram matrix: the right numbers, the right precision, and no trace left in torch's settings."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gptqkit.algorithms.gram import Gram
+from gptqkit.algorithms.precision import exact, short_operands
+
+
+@pytest.mark.parametrize("features", [5, 128, 200, 520])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_is_the_mean_of_squares_in_float32_accuracy(features: int, dtype: torch.dtype) -> None:
+    generator = torch.Generator().manual_seed(features)
+    x_MI = (torch.randn(3000, features, generator=generator) + 0.3).to(dtype)
+    gram = Gram(features, "cpu")
+    for batch in x_MI.split(1100):
+        gram.add(batch)
+    mean_II = gram.finish()
+    exact_II = x_MI.double().T @ x_MI.double() / 3000
+    assert gram.tokens == 3000
+    assert mean_II.dtype == torch.float32
+    assert torch.equal(mean_II, mean_II.T)
+    assert float((mean_II - exact_II).norm() / exact_II.norm()) < 3e-6  # bfloat16 arithmetic would be at 1e-3
+
+
+def test_batches_with_leading_dimensions_and_more_tokens_than_a_step() -> None:
+    x = torch.randn(3, 1000, 40, generator=torch.Generator().manual_seed(0))
+    gram = Gram(40, "cpu")
+    gram.add(x)
+    torch.testing.assert_close(gram.finish(), (x.flatten(0, 1).T @ x.flatten(0, 1)) / 3000, rtol=1e-5, atol=1e-6)
+
+
+def test_same_adds_same_bytes_and_finish_leaves_the_sum() -> None:
+    x_MI = torch.randn(700, 64, generator=torch.Generator().manual_seed(1)).bfloat16()
+    results = []
+    for _ in range(2):
+        gram = Gram(64, "cpu")
+        gram.add(x_MI[:300])
+        gram.finish()
+        gram.add(x_MI[300:])
+        results.append(gram.finish())
+    assert torch.equal(results[0], results[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e30])
+def test_nonfinite(bad: float) -> None:
+    gram = Gram(8, "cpu")
+    gram.add(torch.ones(4, 8))
+    assert not gram.nonfinite
+    x_MI = torch.ones(4, 8)
+    x_MI[2, 5] = bad
+    gram.add(x_MI)
+    assert gram.nonfinite
+
+
+def test_no_tokens() -> None:
+    gram = Gram(4, "cpu")
+    assert torch.equal(gram.finish(), torch.zeros(4, 4))
+    assert gram.tokens == 0
+
+
+def test_precision_is_put_back_even_after_an_error() -> None:
+    def state() -> tuple[object, ...]:
+        switches = (getattr(torch.backends.mkldnn, "matmul", None), torch.backends.cuda.matmul)
+        return tuple(getattr(s, "fp32_precision", None) for s in switches)
+
+    before = state()
+    for context in (exact, short_operands):
+        with context():
+            assert state() != before or before[0] is None
+        assert state() == before
+        with pytest.raises(RuntimeError, match="mat1 and mat2"), context():
+            torch.ones(2, 3) @ torch.ones(2, 3)
+        assert state() == before
+
+
+def test_float32_inputs_are_never_shortened() -> None:
+    """Even when the program around has asked for bfloat16 products."""
+    x_MI = torch.randn(512, 256, generator=torch.Generator().manual_seed(3))
+    gram = Gram(256, "cpu")
+    with short_operands():
+        gram.add(x_MI)
+    exact_II = x_MI.double().T @ x_MI.double() / 512
+    assert float((gram.finish() - exact_II).norm() / exact_II.norm()) < 3e-6
