@@ -18,7 +18,7 @@ zero point unpacked on the meta device and then finds a packed one (compressed-t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,6 +87,9 @@ class CompressedTensorsFormat:
             zero_OG=None if spec.sym else _zeros(tensors, spec, out_features, groups),
             group_I=_groups(tensors, groups, in_features, spec.group_size),
         )
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], spec: LinearSpec) -> tuple[int, int]:
+        return _shape({"weight_shape": read("weight_shape")} if "weight_shape" in shapes else {})
 
     def config(self, specs: Mapping[str, LinearSpec], skipped: list[str], *, desc_act: bool, details: Mapping[str, Any]) -> dict[str, Any]:
         if not specs:

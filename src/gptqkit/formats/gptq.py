@@ -21,7 +21,7 @@ Symmetric files store the middle code as zero point, so that engines that ignore
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -116,6 +116,12 @@ class GptqFormat:
             zero_OG=self._zeros(tensors, spec, groups, out_features),
             group_I=_groups(tensors, groups, in_features, spec.group_size),
         )
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], spec: LinearSpec) -> tuple[int, int]:
+        if len(shapes["qweight"]) != 2:
+            raise InputError(f"qweight has shape {list(shapes['qweight'])}; expected 2 dimensions")
+        rows, out_features = shapes["qweight"]
+        return out_features, rows * 32 // spec.bits
 
     def config(self, specs: Mapping[str, LinearSpec], skipped: list[str], *, desc_act: bool, details: Mapping[str, Any]) -> dict[str, Any]:
         if not specs:

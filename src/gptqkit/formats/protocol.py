@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -37,6 +37,9 @@ class Format(Protocol):
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
         """The inverse of `encode`, from local names. Raises InputError naming a missing, misshapen or out-of-range tensor."""
+
+    def shape(self, shapes: Mapping[str, tuple[int, ...]], read: Callable[[str], Tensor], spec: LinearSpec) -> tuple[int, int]:
+        """(out_features, in_features) from the shapes of a linear's tensors, reading (by local name) at most a few bytes."""
 
     def config(self, specs: Mapping[str, LinearSpec], skipped: list[str], *, desc_act: bool, details: Mapping[str, Any]) -> dict[str, Any]:
         """The `quantization_config` of config.json. `specs` maps every quantized linear's full name to its spec;
