@@ -67,7 +67,7 @@ def wanted_tokens(samples: int, seqlen: int) -> int:
 def pack(documents: Iterator[list[int]], *, samples: int, seqlen: int, name: str, emit: Emit) -> Cut:
     """Windows of `seqlen` tokens out of the documents laid end to end; takes documents until it has enough.
 
-    Of too little data a tenth at most is held back. Raises InputError when there is not one whole window.
+    Of too little data what is left over is held back, or a tenth if that is more. Raises InputError when there is not one whole window.
     """
     short = min(seqlen, HELD_BACK_TOKENS)
     wanted = wanted_tokens(samples, seqlen)
@@ -83,7 +83,8 @@ def pack(documents: Iterator[list[int]], *, samples: int, seqlen: int, name: str
         raise InputError(
             f"{name} holds {have:,} tokens, and one sequence takes seqlen={seqlen:,}; give more data, or lower --seqlen to {have:,} or less"
         )
-    held = HELD_BACK if have >= wanted else min(HELD_BACK, max(have // 10 // short, have % seqlen // short))
+    left = have - min(samples, have // seqlen) * seqlen
+    held = min(HELD_BACK, max(have // 10, left) // short)
     if have - held * short < seqlen:
         held = 0
     count = min(samples, (have - held * short) // seqlen)
