@@ -112,6 +112,7 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
     batches = make_batches(sequences, stream.model.device)
     with torch.inference_mode():
         calls, hidden = _embed(stream, batches)
+        stream.emit(Event("stage", "quantizing blocks", {"name": "blocks"}))
         for index in range(stream.plan.blocks):
             started = time.perf_counter()
             with stream.model.loaded_block(index) as block:
