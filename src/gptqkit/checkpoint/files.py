@@ -30,13 +30,13 @@ def writing(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno in _FULL:
-            raise ResourceError(f"no space left while writing {path}; free some disk and run again with --resume") from error
+            raise ResourceError(f"no space left while writing {path}; free some disk and run again (quantize: with --resume)") from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
             raise InputError(f"{path} cannot be written ({error.strerror}); choose another output folder") from error
         raise ResourceError(f"writing {path} failed: {error.strerror or error}") from error
     except SafetensorError as error:
         if "No space left" in str(error) or "os error 28" in str(error) or "os error 122" in str(error):
-            raise ResourceError(f"no space left while writing {path}; free some disk and run again with --resume") from error
+            raise ResourceError(f"no space left while writing {path}; free some disk and run again (quantize: with --resume)") from error
         raise ResourceError(f"writing {path} failed: {error}") from error
 
 

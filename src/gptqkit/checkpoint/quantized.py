@@ -6,7 +6,8 @@ and patterns go wrong. The config only says how to read what is there, and where
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,18 +98,13 @@ class QuantizedCheckpoint:
             raise InputError(f"{self.folder} holds no quantized linear {name}") from None
 
 
-class reading:
+@contextmanager
+def reading(folder: Path, name: str | None = None) -> Iterator[None]:
     """Puts the folder (and the linear) in front of an InputError's message, so that it says where."""
-
-    def __init__(self, folder: Path, name: str | None = None) -> None:
-        self._place = f"{folder}: {name}: " if name else f"{folder}: "
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, traceback: Any) -> None:
-        if isinstance(error, InputError):
-            raise InputError(f"{self._place}{error}") from None
+    try:
+        yield
+    except InputError as error:
+        raise InputError(f"{folder}: {name}: {error}" if name else f"{folder}: {error}") from None
 
 
 def is_quantized(folder: Path) -> bool:
