@@ -62,6 +62,7 @@ class QuantLinear(nn.Module):
         self.format, self.spec = format, spec
         self.dtype, self.backend, self.name = dtype, backend, name
         self.packed_names = tuple(tensors)
+        self.packed_dtypes = {local: tensor.dtype for local, tensor in tensors.items()}
         for local, tensor in tensors.items():
             self.register_parameter(local, nn.Parameter(tensor, requires_grad=False))
         self.register_parameter("bias", bias)
@@ -91,6 +92,21 @@ class QuantLinear(nn.Module):
                 f"{self.out_features} x {self.in_features}; config.json belongs to another model, or bits is wrong in it"
             )
         return _moved(weight, self.device)
+
+    def loaded(self) -> None:
+        """To be called once a loader has put real tensors in place: undoes what it may have done to them, and prepares.
+
+        transformers marks float Parameters trainable, and widens those whose name matches a keep-in-float32 rule; narrowing gives the
+        same bits back.
+        """
+        for local, dtype in self.packed_dtypes.items():
+            parameter = self._parameters[local]
+            assert parameter is not None
+            if parameter.dtype == dtype:
+                parameter.requires_grad_(False)
+            else:
+                self._parameters[local] = nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
+        self.prepare()
 
     def prepare(self) -> None:
         """Chooses a kernel for the present device and dtype and makes its state. Raises InputError when none accepts."""
