@@ -47,6 +47,7 @@ _HUB = (
     "_commit_hash", "_raise_exceptions_for_missing_entries",
 )  # fmt: skip
 _PASSED_ON = ("device_map", "max_memory", "offload_folder", "attn_implementation", *(name for name in _HUB if name != "use_auth_token"))
+_LEVELS = {"warning": logging.WARNING, "fallback": logging.WARNING, "skip": logging.WARNING, "linear": logging.DEBUG}
 
 
 class AutoGPTQForCausalLM:
@@ -372,5 +373,5 @@ def _copy(source: Path, target: Path) -> None:
 
 
 def _log(event: Event) -> None:
-    level = logging.WARNING if event.kind in ("warning", "fallback", "skip") else logging.INFO
+    level = _LEVELS.get(event.kind, logging.INFO)
     LOGGER.log(level, event.message)
