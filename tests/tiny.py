@@ -8,7 +8,14 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-_LLAMA = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256}
+_LLAMA = {
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 256,
+}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -18,7 +25,14 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": _LLAMA,
     "gemma2": {**_LLAMA, "head_dim": 16, "sliding_window": 16},
     "phi3": _LLAMA,
-    "opt": {"hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256, "word_embed_proj_dim": 64},
+    "opt": {
+        "hidden_size": 64,
+        "ffn_dim": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "vocab_size": 256,
+        "word_embed_proj_dim": 64,
+    },
     "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256},
     "gpt_neox": {k: v for k, v in _LLAMA.items() if k != "num_key_value_heads"},
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256},
@@ -32,7 +46,9 @@ def tiny_config(family: str, **changes: Any) -> Any:
     return AutoConfig.for_model(family, **{**FAMILIES[family], **_TOKENS, **changes})
 
 
-def save_tiny(folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, shard: str = "5GB", seed: int = 0, **changes: Any) -> Path:
+def save_tiny(
+    folder: Path, family: str = "llama", *, dtype: torch.dtype = torch.float32, shard: str = "5GB", seed: int = 0, **changes: Any
+) -> Path:
     """A random model with weights large enough to matter, saved by transformers; no tokenizer. Returns `folder`."""
     torch.manual_seed(seed)
     model = AutoModelForCausalLM.from_config(tiny_config(family, **changes), dtype=dtype)

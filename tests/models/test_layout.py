@@ -43,7 +43,7 @@ def test_blocks_and_input_groups(family: str) -> None:
 def test_every_parameter_is_accounted_for(family: str) -> None:
     model = build_skeleton(tiny_config(family), torch.float32)
     layout = discover(model)
-    linears = sum(l.out_features * l.in_features for block in layout.blocks for group in block for l in group.linears)
+    linears = sum(x.out_features * x.in_features for block in layout.blocks for group in block for x in group.linears)
     assert linears + sum(kept.numel for kept in layout.kept) == sum(p.numel() for p in model.parameters())
     assert all(p.is_meta for p in model.parameters()), "the probe must give its memory back"
 
@@ -53,7 +53,7 @@ def test_conv1d_is_transposed_and_linear_is_not() -> None:
     c_fc = gpt2.blocks[0][2].linears[0]
     assert (c_fc.transposed, c_fc.out_features, c_fc.in_features, c_fc.bias) == (True, 256, 64, True)
     llama = discover(build_skeleton(tiny_config("llama"), torch.float32))
-    assert not any(l.transposed or l.bias for group in llama.blocks[0] for l in group.linears)
+    assert not any(x.transposed or x.bias for group in llama.blocks[0] for x in group.linears)
 
 
 def test_fused_experts_are_refused_by_name() -> None:
@@ -61,5 +61,7 @@ def test_fused_experts_are_refused_by_name() -> None:
         "qwen3_moe", hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
     )  # fmt: skip
-    with pytest.raises(InputError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj .* neither a Linear nor a Conv1D.*dense models only"):
+    with pytest.raises(
+        InputError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj .* neither a Linear nor a Conv1D.*dense models only"
+    ):
         discover(build_skeleton(config, torch.float32))
