@@ -101,7 +101,7 @@ def _name(source: Any) -> str:
     builder = getattr(getattr(source, "info", None), "builder_name", None)
     if builder:
         return f"data set {builder}"
-    return f"the given {type(source).__name__.lower()}"
+    return f"the given {type(source).__name__}"
 
 
 def _hub(name: str, split: str, source: str) -> tuple[str, Iterator[tuple[str, Any]], bool]:
