@@ -187,11 +187,14 @@ class Quantizer(HfQuantizer):
         return model
 
     def _dequantize(self, model: Any, dtype: Any = None) -> Any:
-        for name, module in list(model.named_modules()):
-            if self.binding.owns(module):
-                dense_class = self.dense_classes.get(name, nn.Linear)
-                weight_OI = self.binding.dequantize(module, dtype if isinstance(dtype, torch.dtype) else None)
-                model.set_submodule(name, _with_hook(module, _dense(dense_class, weight_OI, getattr(module, "bias", None))))
+        quantized = {name: module for name, module in model.named_modules() if self.binding.owns(module)}
+        for name, module in quantized.items():
+            if any(parameter.is_meta for parameter in module.parameters()):
+                raise InputError(f"dequantize() needs all tensors in memory, but those of {name} are offloaded; load it without offloading")
+        for name, module in quantized.items():
+            weight_OI = self.binding.dequantize(module, dtype if isinstance(dtype, torch.dtype) else None)
+            dense = _dense(self.dense_classes.get(name, nn.Linear), weight_OI, getattr(module, "bias", None))
+            model.set_submodule(name, _with_hook(module, dense))
         return model
 
 
@@ -355,8 +358,6 @@ def _with_hook(old: nn.Module, new: nn.Module) -> nn.Module:
     hook = getattr(old, "_hf_hook", None)
     if hook is None:
         return new
-    if getattr(hook, "offload", False):
-        raise InputError("dequantize() needs the model's tensors in memory, but some are offloaded; load it without offloading")
     from accelerate.hooks import add_hook_to_module
 
     return add_hook_to_module(new, hook)
