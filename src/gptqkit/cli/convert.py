@@ -10,7 +10,7 @@ import typer
 from gptqkit import api
 from gptqkit.cli.failures import guard
 from gptqkit.cli.options import Checkpoint, Debug, Json, Out, Overwrite
-from gptqkit.cli.output import Answer
+from gptqkit.cli.output import Answer, facts, size
 from gptqkit.cli.progress import Progress
 
 
@@ -35,8 +35,15 @@ def convert(
     with Progress() as emit:
         result = api.convert(model, out, format=format, overwrite=overwrite, emit=emit)
     data = result.to_dict()
-    return Answer(data, describe_conversion(data, out, format))
+    return Answer(data, describe_conversion(data, out))
 
 
-def describe_conversion(data: Mapping[str, Any], out: str, format: str) -> str:
-    return f"{out}: {format}"
+def describe_conversion(data: Mapping[str, Any], out: str) -> str:
+    change = f"{data['source_format']} to {data['format']}"
+    return facts(
+        [
+            ("converted", f"{data['linears']} linears from {change}; {data['dense_tensors']} other tensors copied"),
+            ("size", f"{size(data['bytes_before'])} -> {size(data['bytes_after'])}"),
+            ("written to", f"{out} ({', '.join(data['files'])})"),
+        ]
+    )

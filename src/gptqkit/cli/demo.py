@@ -69,33 +69,36 @@ def claim_folder(folder: Path) -> None:
 
 
 def _original(emit: Emit) -> dict[str, Any]:
-    from gptqkit.hf.generate import generate_text, load_unquantized  # imports transformers, which --help must not
-    from gptqkit.hf.tokenizer import load_tokenizer
-
     folder = data.model_folder()
-    emit(Event("stage", "measure the original", {"name": "original"}))
+    emit(Event("stage", "measuring the original", {"name": "original"}))
     result = api.evaluate(folder, windows=WINDOWS, emit=emit)
-    text = generate_text(load_unquantized(folder), load_tokenizer(folder), PROMPT, max_new_tokens=NEW_TOKENS)
     return {
         "name": "original", "folder": None, "size": _weights_size(folder), "bits_per_weight": 16.0,
-        "perplexity": result.perplexity, "kl": 0.0, "top1": 1.0, "text": text.text,
+        "perplexity": result.perplexity, "kl": 0.0, "top1": 1.0, "text": _continued(folder),
     }  # fmt: skip
 
 
 def _quantized(out: Path, config: QuantConfig, emit: Emit) -> dict[str, Any]:
-    from gptqkit.hf.generate import generate_text
-    from gptqkit.hf.tokenizer import load_tokenizer
-
     original = data.model_folder()
-    emit(Event("stage", f"quantize to {config.bits} bits", {"name": "quantize"}))
+    emit(Event("stage", f"quantizing to {config.bits} bits", {"name": "quantize"}))
     run = api.quantize(original, out, config, samples=SAMPLES, seqlen=SEQLEN, overwrite=True, emit=emit)
-    emit(Event("stage", f"measure {config.bits} bits", {"name": "measure"}))
+    emit(Event("stage", f"measuring {config.bits} bits", {"name": "measure"}))
     result = api.evaluate(out, against=original, windows=WINDOWS, emit=emit)
-    text = generate_text(api.load(out), load_tokenizer(out), PROMPT, max_new_tokens=NEW_TOKENS)
     return {
         "name": f"{config.bits} bits", "folder": str(out), "size": _weights_size(out), "bits_per_weight": run.bits_per_weight,
-        "perplexity": result.perplexity, "kl": result.kl, "top1": result.top1, "text": text.text,
+        "perplexity": result.perplexity, "kl": result.kl, "top1": result.top1, "text": _continued(out),
     }  # fmt: skip
+
+
+def _continued(folder: Path) -> str:
+    # these import transformers, which --help must not
+    from gptqkit.hf.generate import generate_text
+    from gptqkit.hf.skeleton import quiet_transformers
+    from gptqkit.hf.tokenizer import load_tokenizer
+
+    with quiet_transformers():
+        model = api.load(folder)
+    return generate_text(model, load_tokenizer(folder), PROMPT, max_new_tokens=NEW_TOKENS).text
 
 
 def describe_demo(rows: Sequence[Mapping[str, Any]], folder: Path) -> str:

@@ -55,7 +55,7 @@ def evaluate(
         )  # fmt: skip
     data = dict(result.to_dict())
     checks = _checks(data, max_kl, max_ppl_ratio)
-    failed = [f"{c['name']} is {number(c['value'], 4)}, above the limit of {number(c['limit'], 4)}" for c in checks if not c["ok"]]
+    failed = [f"{c['name']} is {number(c['value'], 4)}, above the limit of {c['limit']:g}" for c in checks if not c["ok"]]
     if checks:
         data["checks"] = checks
     return Answer(data, describe_evaluation(data), "; ".join(failed) or None)
@@ -83,7 +83,7 @@ def describe_evaluation(data: Mapping[str, Any]) -> str:
         ]
     pairs.append(("tokens", f"{data['tokens']} in {data['windows']} windows of {data['seqlen']}, {duration(data['seconds'])}"))
     for check in data.get("checks", ()):
-        pairs.append((check["name"], f"at most {number(check['limit'], 4)}: {'holds' if check['ok'] else 'FAILS'}"))
+        pairs.append((check["name"], f"at most {check['limit']:g}: {'holds' if check['ok'] else 'FAILS'}"))
     return facts(pairs)
 
 

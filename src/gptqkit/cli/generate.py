@@ -39,10 +39,13 @@ def generate(
       gptqkit generate ./llama-4bit --prompt "The sea" --backend torch --json
     """
     from gptqkit.hf.generate import generate_text  # imports transformers, which --help must not
+    from gptqkit.hf.skeleton import quiet_transformers
     from gptqkit.hf.tokenizer import load_tokenizer
+    from gptqkit.models.device import resolve_device
 
     tokenizer = load_tokenizer(Path(model))
-    loaded = api.load(model, device=None if device == "auto" else device, dtype=None if dtype == "auto" else dtype, backend=backend)
+    with quiet_transformers():
+        loaded = api.load(model, device=resolve_device(device), dtype=None if dtype == "auto" else dtype, backend=backend)
     if not json:
         _write(prompt)
     result = generate_text(

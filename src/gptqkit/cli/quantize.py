@@ -19,8 +19,6 @@ from gptqkit.core.config import QuantConfig
 WORST = 8
 """Linears in the final table: those with the largest error. layers.jsonl has all."""
 
-_PLACES = {"device": "on the device", "ram": "in memory", "disk": "on disk"}
-
 
 @guard
 def quantize(
@@ -188,6 +186,11 @@ def _memory_line(data: Mapping[str, Any]) -> str:
     return f"{size(data['peak_memory'])} above the start (predicted {size(data['predicted_memory'])}){device}"
 
 
+def _place(data: Mapping[str, Any]) -> str:
+    places = {"device": "in memory" if data["device"] == "cpu" else "on the device", "ram": "in memory", "disk": "on disk"}
+    return places[data["memory"]["place"]]
+
+
 def describe_plan(data: Mapping[str, Any], model: str, config: QuantConfig) -> str:
     """What --dry-run prints: linears of equal shape and spec in one row, then the totals."""
     kinds: Counter[tuple[str, str, int, int, bool]] = Counter()
@@ -201,7 +204,7 @@ def describe_plan(data: Mapping[str, Any], model: str, config: QuantConfig) -> s
         ("kept as is", skipped_line(data["kept"])),
         ("size", f"{size(data['size_before'])} -> {size(data['size_after'])}"),
         ("computed on", f"{data['device']} in {data['dtype']}"),
-        ("peak memory", f"{size(data['peak_memory'])} predicted; activations wait {_PLACES[data['memory']['place']]} between blocks"),
+        ("peak memory", f"{size(data['peak_memory'])} predicted; activations wait {_place(data)} between blocks"),
         ("time", duration(data["seconds"]) if data["seconds"] is not None else "not known on this device"),
     ]
     notes = ["", *(f"{event['kind']}: {event['message']}" for event in data["events"])] if data["events"] else []

@@ -5,11 +5,10 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, TextStreamer
+from transformers import TextStreamer
 
 from gptqkit.core.errors import InputError
 
@@ -75,11 +74,6 @@ def generate_text(
         )
     new = output[0, length:]
     return Generation(prompt, tokenizer.decode(new, skip_special_tokens=True), length, new.numel(), time.perf_counter() - began)
-
-
-def load_unquantized(folder: Path) -> Any:
-    """A plain transformers model in float32 on the CPU, for comparison with a quantized one."""
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
 def _check(max_new_tokens: int, temperature: float, top_p: float) -> None:
