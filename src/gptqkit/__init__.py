@@ -8,12 +8,12 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from gptqkit.core.version import __version__ as __version__
+
 if TYPE_CHECKING:
     from gptqkit.api import convert, disable, enable, evaluate, inspect, load, plan, quantize, verify
     from gptqkit.core.config import QuantConfig, Rule
     from gptqkit.core.errors import CheckFailed, GptqkitError, InputError, ResourceError
-
-__version__ = "0.1.0"
 
 _ORIGIN = {
     **dict.fromkeys(("convert", "disable", "enable", "evaluate", "inspect", "load", "plan", "quantize", "verify"), "gptqkit.api"),

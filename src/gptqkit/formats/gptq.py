@@ -29,10 +29,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptqkit import __version__
 from gptqkit.core.bits import pack, packed_words, unpack
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.errors import InputError
+from gptqkit.core.version import __version__
 from gptqkit.core.weight import QuantizedWeight, group_count
 from gptqkit.formats import fields
 from gptqkit.formats.patterns import unit_patterns

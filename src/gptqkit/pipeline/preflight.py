@@ -9,11 +9,11 @@ from typing import Any
 
 import torch
 
-from gptqkit import __version__
 from gptqkit.checkpoint.files import sha256, writing
 from gptqkit.checkpoint.source import TensorSource
 from gptqkit.core.config import QuantConfig
 from gptqkit.core.errors import InputError, ResourceError
+from gptqkit.core.version import __version__
 from gptqkit.hf.skeleton import transformers_version
 from gptqkit.pipeline.journal import FOLDER
 from gptqkit.pipeline.plan import Plan

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptqkit import __version__
 from gptqkit.calibration.load import load_calibration
 from gptqkit.calibration.tokens import CalibrationSet
 from gptqkit.checkpoint.files import read_json, write_json, write_text
@@ -23,6 +22,7 @@ from gptqkit.checkpoint.writer import copy_side_files, write_index
 from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.errors import CheckFailed, InputError, ResourceError
 from gptqkit.core.events import Emit, Event
+from gptqkit.core.version import __version__
 from gptqkit.evaluate.perplexity import Evaluation, compare
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import transformers_version
