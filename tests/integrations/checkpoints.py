@@ -74,9 +74,14 @@ def round_to_nearest(weight_OI: torch.Tensor, spec: LinearSpec) -> QuantizedWeig
 
 
 def make_checkpoint(
-    folder: Path, family: str, format_name: str = "gptq", spec: LinearSpec | None = None, *, dtype: torch.dtype = torch.float32, shards: int = 1
+    folder: Path,
+    family: str,
+    format_name: str = "gptq",
+    spec: LinearSpec = LinearSpec(4, 32, True),  # noqa: B008 (frozen)
+    *,
+    dtype: torch.dtype = torch.float32,
 ) -> Checkpoint:
-    spec, layout = spec or LinearSpec(4, 32, True), get_format(format_name)
+    layout = get_format(format_name)
     model = build_model(family, dtype)
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for tied in model.all_tied_weights_keys or {}:
@@ -96,13 +101,14 @@ def make_checkpoint(
     quantization = layout.config(specs, [], desc_act=False, details={"unknown_fact": [1, 2]})
     config["quantization_config"] = quantization | {"unknown_key": {"a": 1}}
     (folder / "config.json").write_text(json.dumps(config))
-    write_tensors(folder, tensors, shards)
+    write_tensors(folder, tensors)
     return Checkpoint(folder, model, tensors)
 
 
 def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:
     names = sorted(tensors)
-    files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)} if shards > 1 else {"model.safetensors": names}
+    files = {f"model-{i + 1:05}-of-{shards:05}.safetensors": names[i::shards] for i in range(shards)}
+    files = files if shards > 1 else {"model.safetensors": names}
     for file, part in files.items():
         save_file({name: tensors[name].contiguous() for name in part}, folder / file, metadata={"format": "pt"})
     if shards > 1:

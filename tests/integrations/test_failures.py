@@ -49,10 +49,10 @@ def test_a_missing_g_idx_means_natural_order(llama: Checkpoint, tmp_path: Path) 
 def test_values_that_contradict_the_configuration(llama: Checkpoint, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"model\.layers\.0\..*: the checkpoint holds a weight of|is wrong in config\.json|scales"):
         gptqkit.load(copy_with(llama, tmp_path / "bits", bits=8))
-    with pytest.raises(InputError, match=r"none of the 14 quantized linears|no tensor named \*\.weight_packed"):
-        weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
-        groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
-        config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    weights = {"num_bits": 4, "type": "int", "symmetric": True, "strategy": "group", "group_size": 32}
+    groups = {"group_0": {"targets": ["Linear"], "weights": weights}}
+    config = {"quant_method": "compressed-tensors", "format": "pack-quantized", "config_groups": groups}
+    with pytest.raises(InputError, match=r"no tensor named \*\.weight_packed"):
         gptqkit.load(copy_with(llama, tmp_path / "method", **config))
     with pytest.raises(InputError, match="files hold no tensor named"):
         gptqkit.load(copy_with(llama, tmp_path / "dense", {name: t for name, t in llama.tensors.items() if "qweight" not in name}))
@@ -94,11 +94,11 @@ def test_broken_files_are_named(llama: Checkpoint, tmp_path: Path) -> None:
 def test_folders_that_are_no_models(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist; expected a model folder or a hub id"):
         gptqkit.load(tmp_path / "nowhere")
-    with pytest.raises(InputError, match=r"has no config\.json"):
+    with pytest.raises(InputError, match=r"config\.json does not exist"):
         gptqkit.load(tmp_path)
     (tmp_path / "gptqkit" / "journal").mkdir(parents=True)
-    with pytest.raises(InputError, match="is an unfinished run; finish it with: gptqkit quantize MODEL .* --resume"):
+    with pytest.raises(InputError, match=r"is an unfinished run; finish it with `gptqkit quantize MODEL .* --resume`"):
         gptqkit.load(tmp_path)
     (tmp_path / "file").touch()
-    with pytest.raises(InputError, match="is a file; expected a model folder"):
+    with pytest.raises(InputError, match="is not a folder; expected a model folder"):
         gptqkit.load(tmp_path / "file")

@@ -188,9 +188,10 @@ def test_biases_that_only_the_checkpoint_has_are_kept(llama: Checkpoint, tmp_pat
     torch.testing.assert_close(logits(model), logits(dense))
 
 
+@pytest.mark.filterwarnings("ignore:You passed `quantization_config`")
 def test_plain_configurations_from_the_user_are_tolerated(llama: Checkpoint, tmp_path: Path) -> None:
-    with enabled(), pytest.warns(UserWarning, match="quantization_config"):
-        load = transformers.AutoModelForCausalLM.from_pretrained
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    with enabled():
         model = load(llama.folder, dtype=torch.bfloat16, quantization_config=transformers.GPTQConfig(bits=4, backend="torch"))
         assert {module.kernel_name for module in linears(model).values()} == {"torch"}
         model = load(llama.folder, quantization_config=transformers.GPTQConfig(bits=4, backend="auto"))
@@ -198,9 +199,9 @@ def test_plain_configurations_from_the_user_are_tolerated(llama: Checkpoint, tmp
         pytest.importorskip("compressed_tensors")
         checkpoint = make_checkpoint(tmp_path / "ct", "llama", "compressed-tensors", LinearSpec(4, 32, False))
         model = load(checkpoint.folder, quantization_config=transformers.CompressedTensorsConfig(dequantize=True))
-        assert not linears(model)
-        assert torch.equal(logits(model), logits(checkpoint.dense))
-        assert not hasattr(model.config, "quantization_config")
+    assert not linears(model)
+    assert torch.equal(logits(model), logits(checkpoint.dense))
+    assert not hasattr(model.config, "quantization_config")
 
 
 def test_enable_is_idempotent_and_disable_restores(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,3 +254,21 @@ def test_other_configurations_go_to_the_loader_that_was_there(monkeypatch: pytes
 def test_a_dense_model_simply_loads(llama: Checkpoint, tmp_path: Path) -> None:
     llama.dense.save_pretrained(tmp_path)
     assert torch.equal(logits(gptqkit.load(tmp_path)), logits(llama.dense))
+
+
+def test_folders_as_autogptq_wrote_them(llama: Checkpoint, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(llama.folder, folder)
+    config = json.loads((folder / "config.json").read_text())
+    options = {"bits": 4, "group_size": 32, "damp_percent": 0.01, "desc_act": False, "sym": True, "true_sequential": True}
+    del config["quantization_config"]
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "quantize_config.json").write_text(json.dumps(options))
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-32g.safetensors")
+    model = gptqkit.load(folder)
+    assert_close(model, llama)
+    model.save_pretrained(tmp_path / "again")
+    saved = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert saved["quantization_config"] == {"quant_method": "gptq", **options}
+    assert "transformers_weights" not in saved
+    assert_close(gptqkit.load(tmp_path / "again"), llama)

@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
@@ -237,9 +237,17 @@ def uninstall() -> None:
     _installed = None
 
 
-def from_pretrained(model: str | Path, **kwargs: Any) -> Any:
-    """AutoModelForCausalLM.from_pretrained. Raises InputError where transformers cannot find or open a file."""
+def from_pretrained(model: str | Path, config_keys: Mapping[str, Any], **kwargs: Any) -> Any:
+    """AutoModelForCausalLM.from_pretrained, with `config_keys` added to its config.json.
+
+    Raises InputError where transformers cannot find or open a file.
+    """
     try:
+        if config_keys:
+            passed = {key: value for key, value in kwargs.items() if key in ("revision", "trust_remote_code", "code_revision")}
+            kwargs["config"] = AutoConfig.from_pretrained(model, **passed)
+            for key, value in config_keys.items():
+                setattr(kwargs["config"], key, value)
         return AutoModelForCausalLM.from_pretrained(model, **kwargs)
     except OSError as error:
         raise InputError(f"{model} cannot be loaded: {error}") from error

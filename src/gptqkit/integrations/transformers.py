@@ -20,6 +20,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from gptqkit.checkpoint.quantized import find_quantization, read_config
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.errors import InputError
 from gptqkit.formats import detect
@@ -150,24 +151,35 @@ def load_model(model: str | Path, *, device: Any = None, dtype: Any = None, back
     token = _backend.set(backend)
     try:
         with enabled():
-            loaded = quantizer.from_pretrained(model, **kwargs)
+            loaded = quantizer.from_pretrained(model, _old_layout(model) if "config" not in kwargs else {}, **kwargs)
     finally:
         _backend.reset(token)
     return loaded if move_to is None else loaded.to(move_to)
 
 
 def _check_folder(model: str | Path) -> None:
+    """Raises InputError for a path that is not there, no model folder, or an unfinished run. A hub id is left to from_pretrained."""
     folder = Path(model).expanduser()
-    if not folder.exists():
-        if isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
-            raise InputError(f"{model} does not exist; expected a model folder or a hub id such as org/name")
-        return
+    if folder.exists():
+        read_config(folder)
+    elif isinstance(model, Path) or str(model).startswith((".", "/", "~")) or str(model).count("/") > 1:
+        raise InputError(f"{model} does not exist; expected a model folder or a hub id such as org/name")
+
+
+def _old_layout(model: str | Path) -> dict[str, Any]:
+    """What from_pretrained has to be told about a folder as AutoGPTQ wrote it: options beside config.json, an own file name."""
+    folder = Path(model).expanduser()
     if not folder.is_dir():
-        raise InputError(f"{model} is a file; expected a model folder or a hub id such as org/name")
-    if not (folder / "config.json").is_file():
-        if (folder / "gptqkit" / "journal").exists():
-            raise InputError(f"{model} is an unfinished run; finish it with: gptqkit quantize MODEL {model} --resume")
-        raise InputError(f"{model} has no config.json, so it is not a model folder")
+        return {}
+    config = read_config(folder)
+    found = find_quantization(folder, config)
+    if found is None or "quantization_config" in config:
+        return {}
+    told: dict[str, Any] = {"quantization_config": {"quant_method": detect(found).name.partition("_")[0], **found}}
+    files = sorted(path.name for path in folder.glob("*.safetensors"))
+    if len(files) == 1 and files[0] != "model.safetensors":
+        told["transformers_weights"] = files[0]
+    return told
 
 
 def _headers(files: Sequence[str]) -> dict[str, tuple[str, tuple[int, ...]]]:
