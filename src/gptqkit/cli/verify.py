@@ -7,9 +7,13 @@ from typing import Any
 
 from gptqkit import api
 from gptqkit.cli.failures import guard
+from gptqkit.cli.inspect import engine_table
 from gptqkit.cli.options import Against, Checkpoint, Debug, Json
-from gptqkit.cli.output import Answer
+from gptqkit.cli.output import Answer, number, size, table
 from gptqkit.cli.progress import Progress
+
+WORST = 5
+"""Linears shown of those that differ most from the original."""
 
 
 @guard
@@ -30,4 +34,15 @@ def verify(model: Checkpoint, against: Against = None, json: Json = False, debug
 
 
 def describe_verification(data: Mapping[str, Any]) -> str:
-    return "ok" if data["ok"] else "FAILED"
+    """A row per check, the linears that moved furthest, the engines, what is not quantized, and the verdict."""
+    parts = [table(["check", "result", "found"], [[c["name"], "ok" if c["ok"] else "FAILED", c["detail"]] for c in data["checks"]])]
+    if data["errors"]:
+        furthest = sorted(data["errors"], key=lambda row: -row["error"])[:WORST]
+        rows = [[row["name"], number(row["error"]), number(row["limit"])] for row in furthest]
+        parts += ["", table(["furthest from the original", ">change", ">limit"], rows), "change: ||Q - W|| / ||W||"]
+    parts += ["", engine_table(data["engines"])]
+    if data["not_quantized"]:
+        rows = [[d["name"], "x".join(map(str, d["shape"])), d["dtype"], size(d["nbytes"]), d["why"]] for d in data["not_quantized"]]
+        parts += ["", table(["not quantized", ">shape", "dtype", ">size", "why"], rows)]
+    failed, checks = sum(not check["ok"] for check in data["checks"]), len(data["checks"])
+    return "\n".join([*parts, "", f"FAILED: {failed} of {checks} checks do not hold" if failed else f"ok: all {checks} checks hold"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from gptqkit.core.errors import InputError
-from gptqkit.hf.skeleton import resolve_model
+from gptqkit.hf.skeleton import quiet_transformers, resolve_model
 from gptqkit.hf.tokenizer import load_tokenizer
 from gptqkit.integrations.transformers import load_model
 from gptqkit.models.device import resolve_device
@@ -26,7 +26,9 @@ def run_tasks(
     if unknown:
         raise InputError(f"--tasks {','.join(unknown)}: no such task; `lm-eval ls tasks` lists them")
     folder = resolve_model(model, trust_remote_code=trust_remote_code)
-    loaded = load_model(folder, device=resolve_device(device), dtype=None if dtype == "auto" else dtype)
+    allowed = {"trust_remote_code": True} if trust_remote_code else {}
+    with quiet_transformers():
+        loaded = load_model(folder, device=resolve_device(device), dtype=None if dtype == "auto" else dtype, **allowed)
     results: dict[str, Any] = lm_eval.simple_evaluate(
         model=HFLM(pretrained=loaded, tokenizer=load_tokenizer(folder)), tasks=tasks, limit=limit, task_manager=manager
     )
