@@ -1,4 +1,4 @@
-"""The obvious GPTQ: invert, factor the inverse, one column after the other, no blocks. What the real solver must agree with, code by code."""
+"""The obvious GPTQ: invert, factor the inverse, one column after the other, no blocks. What the solver must agree with, code by code."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.algorithms.cases import weight
 
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.core.config import LinearSpec
-from tests.algorithms.cases import weight
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -40,5 +40,6 @@ def test_stored_groups() -> None:
 def test_takes_half_precision_and_leaves_it_alone() -> None:
     weight_OI = weight(4, 64, 1, torch.bfloat16)
     copy = weight_OI.clone()
-    assert torch.equal(round_to_nearest(weight_OI, LinearSpec(4, 32, True)).codes_OI, round_to_nearest(copy.float(), LinearSpec(4, 32, True)).codes_OI)
+    half, full = (round_to_nearest(w_OI, LinearSpec(4, 32, True)) for w_OI in (weight_OI, copy.float()))
+    assert torch.equal(half.codes_OI, full.codes_OI)
     assert torch.equal(weight_OI, copy)

@@ -40,17 +40,21 @@ class Factor:
 
 
 def damping(diagonal_I: Tensor, damp: float) -> Tensor:
-    """lambda_j for each column, [I] -> [I], from the live (non-zero) part of the diagonal."""
-    live = diagonal_I[diagonal_I > 0]
-    middle = live.median() if live.numel() else diagonal_I.new_ones(())
-    return damp * (diagonal_I + middle) / 2
+    """lambda_j for each column, [I] -> [I]: damp times the mean of H_jj and the median of the live (non-zero) diagonal.
+
+    The median is the floor that near-dead channels need; unlike the mean it does not follow a few massive channels.
+    """
+    return damp * (diagonal_I + _live(diagonal_I).median()) / 2
 
 
 def even_damping(diagonal_I: Tensor, damp: float) -> Tensor:
-    """The stronger rule of the fallback: every column gets at least damp times the mean of the live diagonal."""
+    """The stronger rule of the fallback: as `damping`, but at least damp times the mean of the live diagonal."""
+    return torch.maximum(damping(diagonal_I, damp), damp * _live(diagonal_I).mean())
+
+
+def _live(diagonal_I: Tensor) -> Tensor:
     live = diagonal_I[diagonal_I > 0]
-    mean = live.mean() if live.numel() else diagonal_I.new_ones(())
-    return torch.maximum(damping(diagonal_I, damp), damp * mean)
+    return live if live.numel() else diagonal_I.new_ones(1)
 
 
 def factorize(gram_II: Tensor, columns_I: Tensor, damp: float, *, even: bool = False) -> Factor:
