@@ -47,7 +47,6 @@ def test_the_package_decompresses_to_our_values(bits: int, sym: bool, group_size
     assert torch.equal(found, weight.dequantize())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(("sym", "mixed"), [(True, False), (True, True), (False, False)])
 def test_transformers_loads_it_through_the_package(tmp_path: Path, sym: bool, mixed: bool) -> None:
     """Asymmetric goes through dequantize=True: the compressed path declares the zero points unpacked and then refuses the packed ones.
@@ -57,7 +56,8 @@ def test_transformers_loads_it_through_the_package(tmp_path: Path, sym: bool, mi
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     base = transformers.LlamaConfig(
-        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64, dtype="float32"
+        hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=64,
+        dtype="float32",
     )  # fmt: skip
     model = transformers.LlamaForCausalLM(base).eval()
     specs: dict[str, LinearSpec] = {}

@@ -119,6 +119,8 @@ def test_detect_tells_the_versions_and_the_writers_apart() -> None:
         ("gptq", {"bits": 4, "dynamic": {"+:(": {}}}, "is not a regular expression"),
         ("gptq", {"bits": 4, "dynamic": {"+:x": 3}}, "maps to 3; expected options"),
         ("compressed-tensors", {}, "config_groups=None"),
+        ("compressed-tensors", {"config_groups": {"g": {"targets": ["Linear"], "weights": {"num_bits": 4}}}, "ignore": 3}, "ignore=3"),
+        ("compressed-tensors", {"config_groups": {"g": {"targets": ["Linear"], "weights": {"group_size": "x"}}}}, "group_size='x'"),
         ("compressed-tensors", {"config_groups": {"g": {"targets": []}}}, "config_groups.g has no targets"),
         ("compressed-tensors", {"config_groups": {"g": {"targets": ["Linear"], "weights": {"type": "float"}}}}, "reads integer weights"),
         ("compressed-tensors", {"config_groups": {"g": {"targets": ["Linear"], "input_activations": {}}}}, "quantizes input activations"),

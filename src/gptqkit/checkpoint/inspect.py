@@ -134,13 +134,12 @@ def _inspection(
     linear_weights = sum(row.out_features * row.in_features for row in rows)
     parameters = linear_weights + sum(prod(row.shape) for row in not_quantized)
     meta = quantization.get("meta")
-    quantizer = meta.get("quantizer", ()) if isinstance(meta, Mapping) else ()
     return Inspection(
         format=name,
         model_type=config.get("model_type"),
-        architectures=tuple(config.get("architectures") or ()),
+        architectures=_strings(config.get("architectures")),
         dtype=config.get("dtype") or config.get("torch_dtype"),
-        quantizer=(quantizer,) if isinstance(quantizer, str) else tuple(str(q) for q in quantizer),
+        quantizer=_strings(meta.get("quantizer") if isinstance(meta, Mapping) else None),
         parameters=parameters,
         nbytes=source.nbytes,
         bits_per_weight=round(8 * source.nbytes / max(parameters, 1), 4),
@@ -153,6 +152,13 @@ def _inspection(
         not_quantized_nbytes=sum(row.nbytes for row in not_quantized),
         engines=verdicts,
     )
+
+
+def _strings(value: Any) -> tuple[str, ...]:
+    """A string or a list of them, as configs have it, as a tuple; nothing for anything else."""
+    if isinstance(value, str):
+        return (value,)
+    return tuple(str(entry) for entry in value) if isinstance(value, list) else ()
 
 
 def _modules(tensors: tuple[str, ...]) -> list[str]:

@@ -126,7 +126,10 @@ class CompressedTensorsFormat:
         if not isinstance(groups, Mapping) or not groups:
             raise InputError(f"quantization_config: config_groups={groups!r}; expected a mapping of names to targets and weights")
         parsed = [(_targets(key, group), _spec(key, group)) for key, group in groups.items()]
-        ignored = [_target("ignore", target) for target in config.get("ignore") or []]
+        ignore = config.get("ignore") or []
+        if not isinstance(ignore, list):
+            raise InputError(f"quantization_config: ignore={ignore!r}; expected a list of names")
+        ignored = [_target("ignore", target) for target in ignore]
         result = {}
         for name in names:
             if any(_named(target, name) for target in ignored):
@@ -222,7 +225,7 @@ def _spec(key: str, group: Mapping[str, Any]) -> LinearSpec:
     weights = group.get("weights")
     if not isinstance(weights, Mapping) or weights.get("type", "int") != "int":
         raise InputError(f"{place}.weights={weights!r}; gptqkit reads integer weights")
-    strategy = weights.get("strategy") or ("group" if (weights.get("group_size") or -1) > 0 else "channel")
+    strategy = weights.get("strategy") or ("channel" if weights.get("group_size") in (None, -1) else "group")
     if strategy not in ("group", "channel"):
         raise InputError(f"{place}.weights.strategy={strategy!r}; gptqkit reads group, channel")
     group_size = -1 if strategy == "channel" else fields.integer(weights, "group_size", 1, 2**31 - 1)
