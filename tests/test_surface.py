@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import fields
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ def surface() -> dict[str, Any]:
     commands = typer.main.get_command(build()).commands  # type: ignore[attr-defined]
     names: dict[str, Any] = {}
     for name in sorted(gptqkit.__all__):
-        value = getattr(gptqkit, name)
+        value = getattr(import_module(gptqkit._ORIGIN[name]), name)
         if inspect.isfunction(value):
             names[name] = re.sub(r"<function (\w+) at \w+>", r"\1", str(inspect.signature(value))).replace("'", "")
         elif hasattr(value, "__dataclass_fields__"):
@@ -70,6 +71,18 @@ def test_all_is_sorted_and_complete() -> None:
     assert set(gptqkit.__all__) <= set(dir(gptqkit))
     with pytest.raises(AttributeError, match="module 'gptqkit' has no attribute 'quantise'"):
         gptqkit.quantise  # noqa: B018
+
+
+@pytest.mark.xfail(strict=True, reason="the subpackage gptqkit.evaluate takes the function's name once it is imported; one must be renamed")
+def test_public_names_survive_the_import_of_everything_below() -> None:
+    code = """
+import gptqkit, importlib
+importlib.import_module("gptqkit.pipeline.run")
+wrong = [name for name in gptqkit.__all__ if not callable(getattr(gptqkit, name))]
+assert not wrong, wrong
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-500:]
 
 
 def test_every_verb_shows_examples_and_takes_json_and_debug() -> None:

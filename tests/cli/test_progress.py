@@ -76,13 +76,14 @@ def test_a_terminal_gets_one_bar_with_block_linear_and_memory() -> None:
     stream, clock = Terminal(), Clock()
     with Progress(stream, clock) as emit:
         emit(Event("stage", "quantize", {"name": "quantize"}))
-        blocks(emit, clock, 1.0, range(3), 4)
+        blocks(emit, clock, 1.0, range(2), 4)
         emit(Event("fallback", "down_proj: solved in float64"))
+        emit(Event("linear", "done", {"name": "model.layers.2.mlp.down_proj", "error": 0.1}))
         emit._view._bar.refresh()  # type: ignore[union-attr]
     text = stream.getvalue()
     assert "quantize" in text
-    assert "block 3 of 4" in text
-    assert "left" in text
+    assert "block 3/4  down_proj  " in text
+    assert "s left" in text
     assert "fallback: down_proj: solved in float64" in text
 
 

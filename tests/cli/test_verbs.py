@@ -184,12 +184,17 @@ def test_verify_holds_and_fails(checkpoint: Path, tmp_path: Path, capsys: pytest
     assert shard.name in "".join(capsys.readouterr())
 
 
-def test_doctor_with_and_without_a_model(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_doctor_with_and_without_a_model(
+    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
     assert run(["doctor", str(checkpoint)]) == 0
-    assert "256" in capsys.readouterr().out
-    assert answer(["doctor", str(checkpoint)], capsys)
+    assert "256x768" in capsys.readouterr().out
+    assert answer(["doctor", str(checkpoint)], capsys)["linears"]
+    assert run(["quantize", TINY, str(tmp_path / "3bit"), "--bits", "3", "--method", "rtn"]) == 0
+    assert run(["doctor", str(tmp_path / "3bit")]) == 0
+    assert "cpu refuses down_proj on cpu" in capsys.readouterr().out
 
 
 def test_generate_streams_the_same_text_for_the_same_seed(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -134,7 +134,7 @@ class _Bar:
         console = Console(file=stream, highlight=False, markup=False, emoji=False)
         columns = (
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
+            BarColumn(bar_width=12),
             TextColumn("{task.fields[status]}", markup=False),
         )
         self._bar: RichProgress = Bar(*columns, console=console, transient=True)
@@ -144,6 +144,8 @@ class _Bar:
         self._done = 0
         self._in_block = 0
         self._per_block = 0
+        self._linear = ""
+        self._left: float | None = None
 
     def open(self) -> None:
         self._bar.start()
@@ -153,25 +155,30 @@ class _Bar:
 
     def stage(self, name: str) -> None:
         self._clock.restart()
-        self._blocks, self._done, self._in_block = None, 0, 0
-        self._bar.reset(self._task, description=_short(name, 28), total=None, status=f"memory {size(_memory())}")
+        self._blocks, self._done, self._in_block, self._linear, self._left = None, 0, 0, "", None
+        self._bar.reset(self._task, description=_short(name, 24), total=None, status=size(_memory()))
 
     def block(self, message: str, done: int, blocks: int | None) -> None:
-        left = self._clock.left(done, blocks)
+        self._left = self._clock.left(done, blocks)
         self._per_block = max(self._per_block, self._in_block)
-        self._blocks, self._done, self._in_block = blocks, done, 0
-        more = f"  {duration(left)} left" if left else ""
-        self._update(f"{_position(done, blocks)}{more}  {size(_memory())}")
+        self._blocks, self._done, self._in_block, self._linear = blocks, done, 0, ""
+        self._update()
 
     def linear(self, name: str) -> None:
         self._in_block += 1
-        self._update(f"{_short('.'.join(name.split('.')[-2:]), 24)}  {size(_memory())}")
+        self._linear = _short(name.rsplit(".", 1)[-1], 12)
+        self._update()
 
     def line(self, text: str) -> None:
         self._bar.console.print(text)
 
-    def _update(self, status: str) -> None:
+    def _update(self) -> None:
+        """block, linear, time left, memory: with the stage and the bar just within 80 columns."""
         part = min(self._in_block / self._per_block, 1.0) if self._per_block else 0.0
+        working = min(self._done + 1, self._blocks) if self._blocks and self._in_block else self._done
+        position = f"block {working}/{self._blocks}" if self._blocks else ""
+        left = f"{duration(self._left)} left" if self._left else ""
+        status = "  ".join(filter(None, (position, self._linear, left, size(_memory()))))
         values: dict[str, Any] = {"total": self._blocks, "completed": self._done + part} if self._blocks else {}
         self._bar.update(self._task, status=status, **values)
 

@@ -26,7 +26,7 @@ def run_tasks(
     if unknown:
         raise InputError(f"--tasks {','.join(unknown)}: no such task; `lm-eval ls tasks` lists them")
     folder = resolve_model(model, trust_remote_code=trust_remote_code)
-    allowed = {"trust_remote_code": True} if trust_remote_code else {}
+    allowed: dict[str, Any] = {"trust_remote_code": True} if trust_remote_code else {}
     with quiet_transformers():
         loaded = load_model(folder, device=resolve_device(device), dtype=None if dtype == "auto" else dtype, **allowed)
     results: dict[str, Any] = lm_eval.simple_evaluate(
