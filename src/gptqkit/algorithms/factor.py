@@ -40,11 +40,13 @@ class Factor:
 
 
 def damping(diagonal_I: Tensor, damp: float) -> Tensor:
-    """lambda_j for each column, [I] -> [I]: damp times the mean of H_jj and the median of the live (non-zero) diagonal.
+    """lambda_j for each column, [I] -> [I]: damp times H_jj, or times the median of the live (non-zero) diagonal where H_jj is below it.
 
-    The median is the floor that near-dead channels need; unlike the mean it does not follow a few massive channels.
+    The median is the floor that near-dead channels need; unlike the mean it does not follow a few massive channels. Of the rules with a
+    floor that were compared on a trained model (mean; median; mean of H_jj and median; this one) none was worse by more than noise at 4
+    and 3 bits, and this one was best at 2 bits and with synthetic massive channels.
     """
-    return damp * (diagonal_I + _live(diagonal_I).median()) / 2
+    return damp * torch.maximum(diagonal_I, _live(diagonal_I).median())
 
 
 def even_damping(diagonal_I: Tensor, damp: float) -> Tensor:
