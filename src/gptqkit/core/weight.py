@@ -81,6 +81,15 @@ class QuantizedWeight:
         size = self.in_features if self.group_size == -1 else self.group_size
         return torch.arange(self.in_features, device=self.codes_OI.device) // size
 
+    def to(self, device: torch.device | str) -> QuantizedWeight:
+        """The same weight with its tensors on `device`."""
+        zero_OG = None if self.zero_OG is None else self.zero_OG.to(device)
+        group_I = None if self.group_I is None else self.group_I.to(device)
+        return QuantizedWeight(
+            bits=self.bits, group_size=self.group_size, codes_OI=self.codes_OI.to(device), scale_OG=self.scale_OG.to(device), zero_OG=zero_OG,
+            group_I=group_I,
+        )  # fmt: skip
+
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[O, I]: scale * (code - zero), computed in float32 and cast once. The same bits wherever a weight is expanded."""
         group_I = self.column_groups()

@@ -229,7 +229,7 @@ class _BlockWorker:
 
     def _keep(self, info: LinearInfo, weight: QuantizedWeight, record: LinearRecord) -> None:
         _put(self.stream, self.index, info, weight)
-        for local, tensor in self.format.encode(weight).items():
+        for local, tensor in self.format.encode(weight.to("cpu")).items():
             self.tensors[f"{record.name}.{local}"] = tensor
         self.records.append(record)
         for event in record.events:
