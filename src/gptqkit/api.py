@@ -12,8 +12,8 @@ from gptqkit.core.events import Emit, silent
 if TYPE_CHECKING:
     from gptqkit.checkpoint.convert import Conversion
     from gptqkit.checkpoint.inspect import Inspection
-    from gptqkit.evaluate.perplexity import Evaluation
-    from gptqkit.evaluate.verify import Verification
+    from gptqkit.evaluation.perplexity import Evaluation
+    from gptqkit.evaluation.verify import Verification
     from gptqkit.pipeline.plan import Plan
     from gptqkit.pipeline.run import Run
 
@@ -104,7 +104,7 @@ def evaluate(
     The text is tokenised as one stream without special tokens and cut into `windows` windows of `seqlen` tokens; None uses the bundled
     held-out text. Blocks are streamed, so neither model is ever whole in memory. dtype "auto" is float32 on a CPU.
     """
-    from gptqkit.evaluate.perplexity import evaluate_checkpoint
+    from gptqkit.evaluation.perplexity import evaluate_checkpoint
 
     return evaluate_checkpoint(
         str(model), against=None if against is None else str(against), text=text, windows=windows, seqlen=seqlen, device=device,
@@ -117,7 +117,7 @@ def verify(model: str | Path, *, against: str | Path | None = None, emit: Emit =
 
     With `against`, each dequantized linear is compared with the original's. The result's `ok` is the verdict.
     """
-    from gptqkit.evaluate.verify import verify_checkpoint
+    from gptqkit.evaluation.verify import verify_checkpoint
 
     return verify_checkpoint(Path(model), against=None if against is None else str(against), emit=emit)
 

@@ -25,7 +25,7 @@ from gptqkit.kernels.linear import QuantLinear
 
 def logits(model: torch.nn.Module) -> torch.Tensor:
     with torch.no_grad():
-        return model(tokens()).logits
+        return model(tokens().to(next(model.parameters()).device)).logits.cpu()
 
 
 def linears(model: torch.nn.Module) -> dict[str, QuantLinear]:

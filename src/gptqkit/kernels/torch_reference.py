@@ -100,6 +100,11 @@ def unpack_rows(words_OW: Tensor, bits: int, in_features: int) -> Tensor:
     """core.bits.unpack, faster where codes do not straddle bytes: int32 [O, W] -> uint8 [O, in_features]."""
     if bits not in (2, 4, 8):
         return unpack(words_OW, bits, in_features)
+    if torch.compiler.is_compiling():
+        # Inductor drops the .contiguous() before a view as bytes and then refuses the view; it fuses these shifts, which eager would not.
+        shifts = torch.arange(0, 32, bits, device=words_OW.device)
+        codes_OWP = (words_OW[:, :, None] >> shifts) & (2**bits - 1)
+        return codes_OWP.to(torch.uint8).reshape(words_OW.shape[0], -1)[:, :in_features]
     octets = words_OW.contiguous().view(torch.uint8)
     if bits < 8:
         parts = [(octets >> shift) & (2**bits - 1) for shift in range(0, 8, bits)]

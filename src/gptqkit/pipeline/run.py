@@ -23,7 +23,7 @@ from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.errors import CheckFailed, InputError, ResourceError
 from gptqkit.core.events import Emit, Event
 from gptqkit.core.version import __version__
-from gptqkit.evaluate.perplexity import Evaluation, compare
+from gptqkit.evaluation.perplexity import Evaluation, compare
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import transformers_version
 from gptqkit.models.device import MemoryMeter

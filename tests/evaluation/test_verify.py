@@ -17,7 +17,7 @@ from gptqkit.checkpoint.source import TensorSource
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.errors import InputError
 from gptqkit.core.events import silent
-from gptqkit.evaluate.verify import Verification, verify_checkpoint
+from gptqkit.evaluation.verify import Verification, verify_checkpoint
 
 Q = "model.layers.0.self_attn.q_proj"
 

@@ -27,7 +27,7 @@ from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event
 from gptqkit.core.grid import SCALE_MIN
 from gptqkit.core.weight import QuantizedWeight
-from gptqkit.evaluate.against import LinearError, compare_weights
+from gptqkit.evaluation.against import LinearError, compare_weights
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings")
 _NAMED = 3
