@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from tests.integrations.checkpoints import build_model
-from transformers import conversion_mapping, core_model_loading, modeling_utils, pytorch_utils
+from transformers import conversion_mapping, core_model_loading, initialization, modeling_utils, pytorch_utils
 from transformers.quantizers import auto, base
 from transformers.utils import quantization_config
 
@@ -122,7 +122,7 @@ def test_models_say_what_is_tied_and_what_may_be_missing() -> None:
 def test_initialization_respects_the_flag_on_tensors() -> None:
     flagged = torch.zeros(3)
     flagged._is_hf_initialized = True
-    transformers.initialization.normal_(flagged)
+    initialization.normal_(flagged)
     assert not flagged.any(), f"_is_hf_initialized no longer protects a tensor: {WHERE} (_initialized)"
 
 
