@@ -28,7 +28,8 @@ def test_as_good_as_on_the_cpu(bits: int, tmp_path: Path) -> None:
     kl = {}
     for device in ("cuda", "cpu"):
         gptqkit.quantize(data.model_folder(), tmp_path / device, QuantConfig(bits=bits), device=device, **SIZE)
-        kl[device] = gptqkit.evaluate(tmp_path / device, against=data.model_folder(), windows=20, seqlen=256, device="cuda", dtype="float32").kl
+        options = {"windows": 20, "seqlen": 256, "device": "cuda", "dtype": "float32"}
+        kl[device] = gptqkit.evaluate(tmp_path / device, against=data.model_folder(), **options).kl
     assert kl["cuda"] == pytest.approx(kl["cpu"], rel=0.1)
 
 

@@ -86,8 +86,8 @@ class QuantizedWeight:
         zero_OG = None if self.zero_OG is None else self.zero_OG.to(device)
         group_I = None if self.group_I is None else self.group_I.to(device)
         return QuantizedWeight(
-            bits=self.bits, group_size=self.group_size, codes_OI=self.codes_OI.to(device), scale_OG=self.scale_OG.to(device), zero_OG=zero_OG,
-            group_I=group_I,
+            bits=self.bits, group_size=self.group_size, codes_OI=self.codes_OI.to(device), scale_OG=self.scale_OG.to(device),
+            zero_OG=zero_OG, group_I=group_I,
         )  # fmt: skip
 
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
