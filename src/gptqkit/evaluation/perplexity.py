@@ -5,7 +5,7 @@
     top-1      = share of positions where p and q have the same most likely token
 
 Every position of a window but the last predicts the next token. Only the hidden states after the last block are kept of each model, and
-logits are made of a few sequences at a time, so two models never need to fit in memory together.
+logits are made of one window at a time, so two models never need to fit in memory together.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,8 @@ from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 
 _FORWARD_TOKENS = 4096
-_LOGIT_BYTES = 256 << 20
+_SCORED_VALUES = 4 << 20
+"""Logits turned into float32 probabilities at a time; about eight copies of them exist while they are scored."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,20 +111,11 @@ def compare(subject: StreamedModel, reference: StreamedModel | None, sequences: 
     with torch.inference_mode():
         hidden = _last_hidden(subject, ids_NT, "model", emit)
         original = None if reference is None else _last_hidden(reference, ids_NT, "original", emit)
-        rows = max(1, _LOGIT_BYTES // (4 * subject.vocabulary * ids_NT.shape[1]))
-        with subject.loaded_outside():
-            if reference is None or original is None:
-                for start in range(0, len(ids_NT), rows):
-                    scores.add(ids_NT[start : start + rows], subject.head(ids_NT[start : start + rows], hidden[start : start + rows]), None)
-            else:
-                with reference.loaded_outside():
-                    for start in range(0, len(ids_NT), rows):
-                        ids = ids_NT[start : start + rows]
-                        logits, expected = (
-                            subject.head(ids, hidden[start : start + rows]),
-                            reference.head(ids, original[start : start + rows]),
-                        )
-                        scores.add(ids, logits, expected)
+        with subject.loaded_outside(), nullcontext() if reference is None else reference.loaded_outside():
+            for number in range(len(ids_NT)):
+                row = slice(number, number + 1)
+                expected = None if reference is None or original is None else reference.head(ids_NT[row], original[row])
+                scores.add(ids_NT[row], subject.head(ids_NT[row], hidden[row]), expected)
     return scores.result(ids_NT, time.perf_counter() - started, compared=reference is not None)
 
 
@@ -149,15 +142,23 @@ class _Scores:
         self.same = self.tokens = 0
 
     def add(self, ids_NT: Tensor, logits_NTV: Tensor, reference_NTV: Tensor | None) -> None:
-        target = ids_NT[:, 1:].reshape(-1).to(logits_NTV.device)
-        q = F.log_softmax(logits_NTV[:, :-1].float().flatten(0, 1), dim=-1)
-        self.tokens += target.numel()
-        self.nll += F.nll_loss(q, target, reduction="none").double().sum().item()
-        if reference_NTV is not None:
-            p = F.log_softmax(reference_NTV[:, :-1].float().flatten(0, 1), dim=-1)
-            self.reference_nll += F.nll_loss(p, target, reduction="none").double().sum().item()
-            self.same += int((p.argmax(-1) == q.argmax(-1)).sum())
-            self.kl += (p.exp() * (p - q)).sum(-1).double().sum().item()
+        target_P = ids_NT[:, 1:].reshape(-1).to(logits_NTV.device)
+        logits_PV = logits_NTV[:, :-1].flatten(0, 1)
+        reference_PV = None if reference_NTV is None else reference_NTV[:, :-1].flatten(0, 1)
+        step = max(1, _SCORED_VALUES // logits_PV.shape[1])
+        for start in range(0, len(target_P), step):
+            part = slice(start, start + step)
+            self._add(target_P[part], logits_PV[part], None if reference_PV is None else reference_PV[part])
+
+    def _add(self, target_P: Tensor, logits_PV: Tensor, reference_PV: Tensor | None) -> None:
+        q_PV = F.log_softmax(logits_PV.float(), dim=-1)
+        self.tokens += target_P.numel()
+        self.nll += F.nll_loss(q_PV, target_P, reduction="none").double().sum().item()
+        if reference_PV is not None:
+            p_PV = F.log_softmax(reference_PV.float(), dim=-1)
+            self.reference_nll += F.nll_loss(p_PV, target_P, reduction="none").double().sum().item()
+            self.same += int((p_PV.argmax(-1) == q_PV.argmax(-1)).sum())
+            self.kl += (p_PV.exp() * (p_PV - q_PV)).sum(-1).double().sum().item()
 
     def result(self, ids_NT: Tensor, seconds: float, *, compared: bool) -> Evaluation:
         n = self.tokens
