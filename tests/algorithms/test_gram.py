@@ -84,3 +84,16 @@ def test_float32_inputs_are_never_shortened() -> None:
         gram.add(x_MI)
     exact_II = x_MI.double().T @ x_MI.double() / 512
     assert float((gram.finish() - exact_II).norm() / exact_II.norm()) < 3e-6
+
+
+def test_the_older_switch_of_torch_serves_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before torch 2.9 there was one switch for all devices; it too is put back."""
+    seen = []
+    monkeypatch.setattr(torch.backends.mkldnn, "matmul", None)
+    monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda: "high")
+    monkeypatch.setattr(torch, "set_float32_matmul_precision", seen.append)
+    with short_operands():
+        seen.append("inside")
+    with exact():
+        seen.append("inside")
+    assert seen == ["medium", "inside", "high", "highest", "inside", "high"]
