@@ -314,9 +314,16 @@ def test_counts_must_be_positive(option: dict[str, Any]) -> None:
         load([[1, 2]], **option)
 
 
-def test_tokenizer_of_another_model(texts: list[str]) -> None:
-    with pytest.raises(InputError, match=r"has 4,096 tokens, but the model has embeddings for 1,000; it is the tokenizer of another model"):
-        load(texts, vocab_size=1000)
+@pytest.mark.parametrize("rows", ["1,000", "8,192"])
+def test_tokenizer_of_another_model(rows: str, texts: list[str]) -> None:
+    with pytest.raises(
+        InputError, match=rf"has 4,096 tokens, but the model has embeddings for {rows}; it is the tokenizer of another model"
+    ):
+        load(texts, vocab_size=int(rows.replace(",", "")))
+
+
+def test_padded_embeddings_are_ordinary(texts: list[str]) -> None:
+    assert load(texts, vocab_size=4352).ids
 
 
 def test_folder_without_or_with_a_broken_tokenizer(texts: list[str], tmp_path: Path) -> None:

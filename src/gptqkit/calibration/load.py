@@ -19,7 +19,7 @@ from gptqkit.calibration.records import Document
 from gptqkit.calibration.tokens import HELD_BACK, CalibrationSet, fingerprint, pack, truncate, wanted_tokens
 from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event, silent
-from gptqkit.hf.tokenizer import adds_bos, base_vocabulary, bos_id, chat_text, encode, load_tokenizer
+from gptqkit.hf.tokenizer import adds_bos, bos_id, chat_text, check_vocabulary, encode, load_tokenizer
 
 _BATCH = 16
 """Documents given to the tokenizer at once: enough to keep its threads busy, few enough to waste little at the end."""
@@ -96,12 +96,7 @@ class _Encoder:
         if folder is None:
             raise InputError("texts and chats need the model's tokenizer; pass the model's folder, or token ids instead of text")
         tokenizer = load_tokenizer(folder, trust_remote_code)
-        # Tokens that were added later are not counted: some models (gemma-3) carry one more than they have embeddings for and never use it.
-        if base_vocabulary(tokenizer) > vocab_size:
-            raise InputError(
-                f"the tokenizer in {folder} has {base_vocabulary(tokenizer):,} tokens, but the model has embeddings for {vocab_size:,}; "
-                "it is the tokenizer of another model: copy the right tokenizer files into the folder"
-            )
+        check_vocabulary(tokenizer, vocab_size, folder)
         bos = bos_id(tokenizer)
         if bos is None:
             emit(Event("note", "the tokenizer defines no BOS token: documents are joined without a mark between them"))

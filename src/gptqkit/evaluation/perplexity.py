@@ -26,7 +26,7 @@ from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event, silent
 from gptqkit.data import heldout_text
 from gptqkit.hf.skeleton import resolve_model
-from gptqkit.hf.tokenizer import encode, load_tokenizer
+from gptqkit.hf.tokenizer import check_vocabulary, encode, load_tokenizer
 from gptqkit.models.device import resolve_device, resolve_dtype
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
@@ -92,7 +92,9 @@ def read_windows(folder: Path, text: Path, windows: int, seqlen: int, model: Str
     if model.context is not None and seqlen > model.context:
         raise InputError(f"seqlen={seqlen} is longer than the model's context of {model.context}; use --seqlen {model.context} or less")
     content = text.read_text(encoding="utf-8", errors="replace").replace("\x00", "\n")
-    ids = encode(load_tokenizer(folder, trust_remote_code), [content], special=False)[0][: windows * seqlen]
+    tokenizer = load_tokenizer(folder, trust_remote_code)
+    check_vocabulary(tokenizer, model.vocabulary, folder)
+    ids = encode(tokenizer, [content], special=False)[0][: windows * seqlen]
     count = len(ids) // seqlen
     if count == 0:
         raise InputError(f"{text} has {len(ids)} tokens; one window of --seqlen {seqlen} needs {seqlen}")

@@ -20,6 +20,8 @@ _TOKENIZER_FILES = (
     "spiece.model", "sentencepiece.bpe.model", "qwen.tiktoken",
 )  # fmt: skip
 
+LEAST_SHARE = 0.6
+
 
 def load_tokenizer(model: str | Path, trust_remote_code: bool = False) -> Any:
     """The transformers tokenizer (the fast one where there is one) of a folder or a hub id.
@@ -65,6 +67,19 @@ def encode(tokenizer: Any, texts: Sequence[str], *, special: bool) -> list[list[
 def base_vocabulary(tokenizer: Any) -> int:
     """How many ids the tokenizer has without tokens that were added later (models often have no embedding for those)."""
     return tokenizer.vocab_size
+
+
+def check_vocabulary(tokenizer: Any, vocab_size: int, folder: Path) -> None:
+    """Raises InputError when the tokenizer cannot be the model's: it has more tokens than the embedding has rows, or far fewer.
+
+    Tokens that were added later are not counted as too many: some models (gemma-3) carry one more than they have embeddings for and never
+    use it. Embeddings are often padded by a few percent; a tokenizer with less than LEAST_SHARE of the rows belongs to something else.
+    """
+    if base_vocabulary(tokenizer) > vocab_size or len(tokenizer) < LEAST_SHARE * vocab_size:
+        raise InputError(
+            f"the tokenizer in {folder} has {len(tokenizer):,} tokens, but the model has embeddings for {vocab_size:,}; "
+            "it is the tokenizer of another model: copy the right tokenizer files into the folder, or pass token ids instead of text"
+        )
 
 
 def chat_text(tokenizer: Any, messages: Sequence[Mapping[str, Any]]) -> str:

@@ -24,6 +24,9 @@ from gptqkit.models.layout import InputGroup
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.models.weights import DenseWeights
 
+LIBRARY_BYTES = 150 << 20
+"""What a run's first use of the libraries costs whatever the model: lazily imported modules, the tokenizer, thread pools, kernel caches."""
+
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of one forward. Fixed per device type, never derived from free memory: batch shape decides the last bits of a result."""
 
@@ -171,8 +174,11 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Mem
     flight = in_flight if paused else 0
     at_solve = max(b.solver for b in blocks) if tokens else 0
     outside = sum(p.numel() for n, p in model.skeleton.named_parameters() if not n.startswith(model.layout.path + ".")) * element
-    peak = (stored if place == "device" or (model.device.type == "cpu" and place == "ram") else 0) + max(
-        block_bytes + max(flight + working, flight + at_solve), outside + working
+    resident = LIBRARY_BYTES if model.device.type == "cpu" else 0
+    peak = (
+        resident
+        + (stored if place == "device" or (model.device.type == "cpu" and place == "ram") else 0)
+        + max(block_bytes + max(flight + working, flight + at_solve), outside + working)
     )
     return Memory(paused, place, stored, peak)
 
