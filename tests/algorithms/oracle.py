@@ -5,7 +5,17 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptqkit.core.grid import Grid, decode, encode, minmax_grid
+from gptqkit.core.grid import SHRINKS, Grid, decode, encode, minmax_grid
+
+
+def obvious_grid(weight_OC: Tensor, importance_C: Tensor, *, bits: int, sym: bool) -> Grid:
+    """Row by row, the shrunken range whose rounding errors weigh least."""
+    rows = []
+    for weight_1C in weight_OC.split(1):
+        grids = [minmax_grid(weight_1C * shrink, bits=bits, sym=sym) for shrink in SHRINKS]
+        losses = [float(((decode(encode(weight_1C, grid, bits), grid) - weight_1C) ** 2 * importance_C).sum()) for grid in grids]
+        rows.append(grids[losses.index(min(losses))])
+    return Grid(torch.cat([grid.scale_R for grid in rows]), torch.cat([grid.zero_R for grid in rows]))
 
 
 def obvious_gptq(
@@ -17,11 +27,12 @@ def obvious_gptq(
     codes_OI, values_OI = torch.empty_like(weight_OI), torch.empty_like(weight_OI)
     objective_O = torch.zeros_like(weight_OI[:, 0])
     grids: dict[int, Grid] = {}
+    pivot_I = 1 / upper_II.diagonal() ** 2
     for j, column in enumerate(columns_I.tolist()):
         group = int(group_at_I[j])
         if group not in grids:
-            members_OC = weight_OI[:, group_I == group] if fixed_grids else running_OI[:, group_at_I == group]
-            grids[group] = minmax_grid(members_OC, bits=bits, sym=sym)
+            members_OC = (weight_OI[:, columns_I] if fixed_grids else running_OI)[:, group_at_I == group]
+            grids[group] = obvious_grid(members_OC, pivot_I[group_at_I == group], bits=bits, sym=sym)
         codes_OI[:, [column]] = encode(running_OI[:, [j]], grids[group], bits)
         values_OI[:, [column]] = decode(codes_OI[:, [column]], grids[group])
         error_O = (running_OI[:, j] - values_OI[:, column]) / upper_II[j, j]

@@ -75,7 +75,7 @@ def test_objective_is_the_sum_of_squared_steps(order: str, bits: int) -> None:
     x_MI, weight_OI = inputs(500, 192, 7), weight(16, 192, 7)
     gram_II = gram(x_MI)
     plan = column_order(gram_II.diagonal(), order, 64)
-    swept = sweep(weight_OI.T.contiguous(), factorize(gram_II, plan.columns_I, 0.01).root_II, plan, LinearSpec(bits, 64, False))
+    swept = sweep(weight_OI.T.contiguous(), factorize(gram_II, plan.columns_I, 0.01), plan, LinearSpec(bits, 64, False))
     values_OI = ((swept.codes_IO - swept.zero_GO[plan.group_I]) * swept.scale_GO[plan.group_I]).T
     change_OI = values_OI - weight_OI
     expected_O = ((change_OI @ damped(gram_II, 0.01)) * change_OI).sum(1)

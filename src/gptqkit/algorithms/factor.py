@@ -30,11 +30,13 @@ _ATTEMPTS = 6  # 0.01 -> 1000: far beyond any matrix that is finite and symmetri
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
     """root_II  upper triangular R in sweep order, H = R R^T
+    pivot_I  R_jj^2 in sweep order: what a rounding error of 1 at its turn costs; 0 for columns whose input was never different from zero
     damp     the fraction that was needed
     events   what had to be done to get it, in words
     """
 
     root_II: Tensor
+    pivot_I: Tensor
     damp: float
     events: tuple[str, ...]
 
@@ -75,7 +77,9 @@ def factorize(gram_II: Tensor, columns_I: Tensor, damp: float, *, even: bool = F
         for dtype in (gram_II.dtype, torch.float64):
             lower_II, failed = torch.linalg.cholesky_ex(matrix_II.to(dtype))
             if not failed.item() and bool(torch.isfinite(lower_II).all()):
-                return Factor(lower_II.flip(0, 1).to(gram_II.dtype), damp, tuple(events))
+                root_II = lower_II.flip(0, 1).to(gram_II.dtype)
+                pivot_I = torch.where(diagonal_I[columns_I] > 0, root_II.diagonal().square(), 0.0)
+                return Factor(root_II, pivot_I, damp, tuple(events))
             events.append(f"Cholesky failed in {str(dtype).removeprefix('torch.')} with damping {damp:g}")
         damp *= RAISE
     raise InputError(f"the Gram matrix cannot be factored even with damping {damp / RAISE:g}: it is not positive semidefinite")

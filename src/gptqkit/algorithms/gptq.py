@@ -184,7 +184,7 @@ def _solve_stacked(weights_OI: list[Tensor], group: _Group, spec: LinearSpec) ->
 
 def _sweep_stacked(weights_OI: list[Tensor], factor: Factor, order: ColumnOrder, spec: LinearSpec) -> list[QuantizedWeight]:
     """One sweep over the rows of all weights, cut into one QuantizedWeight each."""
-    swept = sweep(torch.cat(weights_OI).T.contiguous(), factor.root_II, order, spec)
+    swept = sweep(torch.cat(weights_OI).T.contiguous(), factor, order, spec)
     rows = [weight_OI.shape[0] for weight_OI in weights_OI]
     group_I = order.group_I.to(torch.int32) if order.stores_groups else None
     return [

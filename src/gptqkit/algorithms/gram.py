@@ -72,4 +72,3 @@ class Gram:
         upper_II = torch.triu(self._sum_II)
         mean_II = upper_II + torch.triu(upper_II, 1).T
         return mean_II.div_(max(self.tokens, 1))
-

@@ -14,6 +14,10 @@ errors E = W - Q of all columns before it and the factor R = U^-1 itself,
 which is the same number: given the fixed columns S, the optimum of the free ones F is W_F + E_S H_SF inverse(H_FF), and H = R R^T makes
 H_SF inverse(H_FF) = R_SF inverse(R_FF). It needs no inverse beyond the diagonal blocks, and writes every weight once.
 
+The grid of a group is searched (core/grid.py) on the weights as they stand when the group begins, and a rounding error in column j counts
+with its pivot R_jj^2 = 1 / U_jj^2: by the identity above that is what it will cost, but for the errors that earlier columns of the same
+group push onto it.
+
 Everything is kept transposed, [I, O]: the column of a weight is then a contiguous row. Shapes: I = in features (by position in the sweep),
 O = rows of all linears solved together, B = columns of a block, G = groups.
 """
@@ -25,9 +29,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from gptqkit.algorithms.factor import Factor
 from gptqkit.algorithms.order import ColumnOrder
 from gptqkit.core.config import LinearSpec
-from gptqkit.core.grid import Grid, minmax_grid
+from gptqkit.core.grid import Grid, searched_grid
 from gptqkit.core.weight import group_count
 
 
@@ -40,16 +45,19 @@ class Swept(NamedTuple):
     objective_O: Tensor
 
 
-def sweep(weight_IO: Tensor, root_II: Tensor, order: ColumnOrder, spec: LinearSpec) -> Swept:
-    """Quantizes [I, O] (columns in natural order, float32 or float64) given R [I, I] in sweep order."""
+def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpec) -> Swept:
+    """Quantizes [I, O] (columns in natural order, float32 or float64) given the factor of H in sweep order."""
     target_IO = weight_IO[order.columns_I]
+    root_II, pivot_I = factor.root_II, factor.pivot_I
     group_at_I = order.group_I[order.columns_I]
     groups = group_count(weight_IO.shape[0], spec.group_size)
     scale_GO = target_IO.new_empty(groups, weight_IO.shape[1])
     zero_GO = torch.empty_like(scale_GO)
     if order.fixed_grids:
         for group in range(groups):
-            scale_GO[group], zero_GO[group] = minmax_grid(weight_IO[order.group_I == group].T, bits=spec.bits, sym=spec.sym)
+            at_group = group_at_I == group
+            grid = searched_grid(target_IO[at_group].T, pivot_I[at_group], bits=spec.bits, sym=spec.sym)
+            scale_GO[group], zero_GO[group] = grid
     error_IO, level_IO = torch.empty_like(target_IO), torch.empty_like(target_IO)
     objective_O = target_IO.new_zeros(weight_IO.shape[1])
     for start, stop in order.bounds:
@@ -59,7 +67,8 @@ def sweep(weight_IO: Tensor, root_II: Tensor, order: ColumnOrder, spec: LinearSp
             running_BO.addmm_(inverse_BB.T, root_II[:start, start:stop].T @ error_IO[:start])
         group_B = group_at_I[start:stop]
         if not order.fixed_grids:
-            scale_GO[group_B[0]], zero_GO[group_B[0]] = minmax_grid(running_BO.T, bits=spec.bits, sym=spec.sym)
+            grid = searched_grid(running_BO.T, pivot_I[start:stop], bits=spec.bits, sym=spec.sym)
+            scale_GO[group_B[0]], zero_GO[group_B[0]] = grid
         grid_B = Grid(scale_GO[group_B], zero_GO[group_B])
         miss_BO = _fix_block(running_BO, level_IO[start:stop], inverse_BB, grid_B, spec.bits)
         torch.addcmul(target_IO[start:stop], level_IO[start:stop], grid_B.scale_R, value=-1, out=error_IO[start:stop])

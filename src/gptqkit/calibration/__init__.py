@@ -1,7 +1,7 @@
 """Calibration data: from whatever the user has to fixed sequences of token ids, deterministically.
 
-    source --documents--> texts, chats or token ids --tokens--> sequences
-             (files, columns, hub)                   (shuffled, tokenised, packed or cut)
+source --documents--> texts, chats or token ids --tokens--> sequences
+         (files, columns, hub)                   (shuffled, tokenised, packed or cut)
 """
 
 from __future__ import annotations

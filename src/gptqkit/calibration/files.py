@@ -83,7 +83,7 @@ def _jsonl(text: str, name: str) -> Records:
             try:
                 yield where, json.loads(line)
             except (json.JSONDecodeError, RecursionError) as error:
-                raise InputError(f"{where} is not JSON: {error}; each line must be one JSON value such as {{\"text\": \"…\"}}") from None
+                raise InputError(f'{where} is not JSON: {error}; each line must be one JSON value such as {{"text": "…"}}') from None
 
 
 def _json(text: str, name: str) -> Records:

@@ -1,8 +1,8 @@
 """One record of a data set, whatever its shape, as one or more documents.
 
-    "text"  or  {"text": "…"}                                  -> a text
-    [{"role": …, "content": …}, …]  or  {"messages": […]}      -> a chat
-    [1, 5, …], a tensor [T] or [B, T], or  {"input_ids": …}    -> token ids; where "attention_mask" is 0 they are padding and removed
+"text"  or  {"text": "…"}                                  -> a text
+[{"role": …, "content": …}, …]  or  {"messages": […]}      -> a chat
+[1, 5, …], a tensor [T] or [B, T], or  {"input_ids": …}    -> token ids; where "attention_mask" is 0 they are padding and removed
 """
 
 from __future__ import annotations
