@@ -27,6 +27,7 @@ from gptqkit.core.events import Emit, Event, silent
 from gptqkit.data import heldout_text
 from gptqkit.hf.skeleton import resolve_model
 from gptqkit.hf.tokenizer import check_vocabulary, encode, load_tokenizer
+from gptqkit.models.attention import WideAttention
 from gptqkit.models.device import resolve_device, resolve_dtype
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
@@ -130,7 +131,7 @@ def _last_hidden(model: StreamedModel, ids_NT: Tensor, name: str, emit: Emit) ->
     with model.loaded_outside():
         hidden = [model.embed(ids, number, calls) for number, ids in enumerate(batches)]
     for index in range(model.block_count):
-        with model.loaded_block(index) as block:
+        with model.loaded_block(index) as block, WideAttention():
             hidden = [calls.get(number, index).run(block, state) for number, state in enumerate(hidden)]
         emit(Event("block", f"block {index + 1} of {model.block_count}", {"index": index, "blocks": model.block_count, "stage": name}))
     return torch.cat(hidden)

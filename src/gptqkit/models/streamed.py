@@ -8,6 +8,7 @@ dropped at the end of the phase. Shapes: B = sequences of one batch, T = their l
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -49,6 +50,13 @@ class StreamedModel:
         config = load_config(folder, trust_remote_code=trust_remote_code)
         skeleton = build_skeleton(config, dtype, trust_remote_code=trust_remote_code)
         return cls(skeleton, discover(skeleton), open_weights(folder), device, dtype)
+
+    def with_weights(self, weights: Weights) -> StreamedModel:
+        """The same architecture on another checkpoint's weights. Both may be used in turn, and their outsides at the same time.
+
+        Raises InputError as `open`.
+        """
+        return StreamedModel(copy.deepcopy(self.skeleton), self.layout, weights, self.device, self.dtype)
 
     @property
     def block_count(self) -> int:

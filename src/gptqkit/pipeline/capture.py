@@ -16,6 +16,7 @@ per group and stopping early: slower, same bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +24,7 @@ import greenlet
 from torch import Tensor, nn
 
 from gptqkit.core.errors import InputError
+from gptqkit.models.attention import WideAttention
 from gptqkit.models.layout import InputGroup
 from gptqkit.models.standin import Call, StopForward
 from gptqkit.pipeline.activations import Activations
@@ -41,9 +43,13 @@ class BlockPass:
     groups: Sequence[InputGroup]
     calls: Sequence[Call]
     hidden: Activations
+    last: bool = False
 
     def run(self, *, paused: bool, on_input: OnInput, on_group: OnGroup) -> None:
-        """`paused` holds all batches in flight; else the forward is replayed per group. Equal results."""
+        """`paused` holds all batches in flight; else the forward is replayed per group. Equal results.
+
+        After the `last` block nothing reads the outputs: the forward ends with its last group, and `hidden` is not replaced.
+        """
         if paused and not any(group.revisited for group in self.groups):
             self._paused(on_input, on_group)
         else:
@@ -51,8 +57,9 @@ class BlockPass:
 
     def propagate(self) -> None:
         """Only replaces `hidden` by the outputs."""
-        for batch, call in enumerate(self.calls):
-            self.hidden[batch] = call.run(self.block, self.hidden[batch])
+        with WideAttention():
+            for batch, call in enumerate(self.calls):
+                self.hidden[batch] = call.run(self.block, self.hidden[batch])
 
     def _paused(self, on_input: OnInput, on_group: OnGroup) -> None:
         main = greenlet.getcurrent()
@@ -68,7 +75,8 @@ class BlockPass:
         hooks = [self._leader(i).register_forward_pre_hook(pause(i), with_kwargs=True) for i in range(len(self.groups))]
         flights = [greenlet.greenlet(call.run) for call in self.calls]
         try:
-            arrivals = [flight.switch(self.block, self.hidden[batch]) for batch, flight in enumerate(flights)]
+            with WideAttention():  # around the switches, not inside a flight: modes nest by call order, which flights do not keep
+                arrivals = [flight.switch(self.block, self.hidden[batch]) for batch, flight in enumerate(flights)]
             for index in range(len(self.groups)):
                 for batch, arrival in enumerate(arrivals):
                     if not isinstance(arrival, tuple) or arrival[0] != index:
@@ -80,12 +88,15 @@ class BlockPass:
                 arrivals.clear()
                 on_group(index)
                 solved[index] = True
-                for batch, flight in enumerate(flights):
-                    arrival = flight.switch()
-                    if flight.dead:
-                        self.hidden[batch] = arrival
-                    else:
-                        arrivals.append(arrival)
+                if self.last and index == len(self.groups) - 1:
+                    return
+                with WideAttention():
+                    for batch, flight in enumerate(flights):
+                        arrival = flight.switch()
+                        if flight.dead:
+                            self.hidden[batch] = arrival
+                        else:
+                            arrivals.append(arrival)
         finally:
             for hook in hooks:
                 hook.remove()
@@ -106,14 +117,13 @@ class BlockPass:
             handle = self._leader(index).register_forward_pre_hook(hook, with_kwargs=True)
             try:
                 for batch, call in enumerate(self.calls):
-                    try:
+                    with suppress(StopForward), WideAttention():
                         call.run(self.block, self.hidden[batch])
-                    except StopForward:
-                        pass
             finally:
                 handle.remove()
             on_group(index)
-        self.propagate()
+        if not self.last:
+            self.propagate()
 
     def _leader(self, index: int) -> nn.Module:
         """The first linear of a group to be called."""

@@ -27,7 +27,7 @@ from gptqkit.evaluation.perplexity import Evaluation, compare
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import transformers_version
 from gptqkit.models.device import MemoryMeter
-from gptqkit.models.streamed import StreamedModel
+from gptqkit.models.weights import open_weights
 from gptqkit.pipeline.card import model_card
 from gptqkit.pipeline.journal import FOLDER, Journal
 from gptqkit.pipeline.plan import KeptTensor, Prepared, prepare
@@ -218,7 +218,7 @@ def _check(stream: Stream, prepared: Prepared, held_back: list[Tensor]) -> Evalu
     folder = stream.journal.checkpoint
     if not (folder / "config.json").exists():
         folder = stream.journal.out
-    written = StreamedModel.open(folder, device=stream.model.device, dtype=stream.model.dtype)
+    written = prepared.model.with_weights(open_weights(folder))
     result = compare(written, prepared.model, [sequence[:shortest] for sequence in held_back], stream.emit)
     if result.reference_perplexity is not None and not result.perplexity < 3 * result.reference_perplexity:
         times = result.perplexity / result.reference_perplexity

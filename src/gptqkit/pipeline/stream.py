@@ -116,7 +116,8 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
         for index in range(stream.plan.blocks):
             started = time.perf_counter()
             with stream.model.loaded_block(index) as block:
-                whole = BlockPass(block, stream.model.layout.blocks[index], [calls.get(b, index) for b in range(len(batches))], hidden)
+                groups, last = stream.model.layout.blocks[index], index == stream.plan.blocks - 1
+                whole = BlockPass(block, groups, [calls.get(b, index) for b in range(len(batches))], hidden, last)
                 if index < len(done):
                     _restore(stream, index)
                     whole.propagate()
