@@ -72,11 +72,12 @@ def factorize(gram_II: Tensor, columns_I: Tensor, damp: float, *, even: bool = F
     reversed_I = columns_I.flip(0)
     for _ in range(_ATTEMPTS):
         damped_I = torch.where(diagonal_I > 0, diagonal_I + rule(diagonal_I, damp), 1.0)
-        matrix_II = gram_II[reversed_I][:, reversed_I]
+        matrix_II = gram_II[reversed_I[:, None], reversed_I]
         matrix_II.diagonal().copy_(damped_I[reversed_I])
         for dtype in (gram_II.dtype, torch.float64):
             lower_II, failed = torch.linalg.cholesky_ex(matrix_II.to(dtype))
             if not failed.item() and bool(torch.isfinite(lower_II).all()):
+                del matrix_II  # these are the largest matrices of a run: three at a time, not four
                 root_II = lower_II.flip(0, 1).to(gram_II.dtype)
                 pivot_I = torch.where(diagonal_I[columns_I] > 0, root_II.diagonal().square(), 0.0)
                 return Factor(root_II, pivot_I, damp, tuple(events))

@@ -68,7 +68,12 @@ class Gram:
         return not bool(torch.isfinite(self._sum_II.diagonal()).all())
 
     def finish(self) -> Tensor:
-        """The mean [I, I], float32, exactly symmetric; zeros when no tokens came. The running sum stays as it was."""
-        upper_II = torch.triu(self._sum_II)
-        mean_II = upper_II + torch.triu(upper_II, 1).T
+        """The mean [I, I], float32, exactly symmetric; zeros when no tokens came. Made in place, so that no second matrix of this size is
+        needed: nothing can be added afterwards."""
+        mean_II, self._sum_II = self._sum_II, self._sum_II.new_empty(0, 0)
+        for start in range(0, mean_II.shape[0], _WIDE):
+            stop = min(start + _WIDE, mean_II.shape[0])
+            corner_BB = mean_II[start:stop, start:stop].triu()
+            mean_II[start:stop, start:stop] = corner_BB + corner_BB.triu(1).T
+            mean_II[stop:, start:stop] = mean_II[start:stop, stop:].T
         return mean_II.div_(max(self.tokens, 1))

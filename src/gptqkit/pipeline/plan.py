@@ -157,7 +157,7 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Mem
 
         hidden     tokens x H                                    between blocks
         in flight  tokens x (3 H + widest input + outputs before it)   paused; one batch only when replayed
-        solver     4 I^2 + 4 rows x I, float32                   Gram, damped copy, factor, inverse; weights, codes, errors
+        solver     3 I^2 + 4 rows x I, float32                   Gram, damped copy, factor; weights, targets, codes, errors
     """
     element = model.dtype.itemsize
     hidden = model.skeleton.config.get_text_config().hidden_size
@@ -195,7 +195,7 @@ class _BlockCost:
         outputs = [sum(linear.out_features for linear in group.linears) for group in groups]
         before = [0, *outputs[:-1]]
         sizes = [linear.out_features * linear.in_features for group in groups for linear in group.linears]
-        solver = max(4 * (4 * g.in_features**2 + 4 * out * g.in_features) for g, out in zip(groups, outputs, strict=True))
+        solver = max(4 * (3 * g.in_features**2 + 4 * out * g.in_features) for g, out in zip(groups, outputs, strict=True))
         return cls(max(g.in_features + b for g, b in zip(groups, before, strict=True)), sum(sizes), max(sizes), solver)
 
 
