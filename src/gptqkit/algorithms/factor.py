@@ -76,7 +76,7 @@ def factorize(gram_II: Tensor, columns_I: Tensor, damp: float, *, even: bool = F
         matrix_II.diagonal().copy_(damped_I[reversed_I])
         for dtype in (gram_II.dtype, torch.float64):
             lower_II, failed = torch.linalg.cholesky_ex(matrix_II.to(dtype))
-            if not failed.item() and bool(torch.isfinite(lower_II).all()):
+            if not failed.item() and bool(torch.isfinite(lower_II.diagonal()).all()):  # L_ii takes in every other entry of its row
                 del matrix_II  # these are the largest matrices of a run: three at a time, not four
                 root_II = lower_II.flip(0, 1).to(gram_II.dtype)
                 pivot_I = torch.where(diagonal_I[columns_I] > 0, root_II.diagonal().square(), 0.0)

@@ -47,11 +47,13 @@ class Swept(NamedTuple):
 
 def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpec) -> Swept:
     """Quantizes [I, O] (columns in natural order, float32 or float64) given the factor of H in sweep order."""
+    shape = weight_IO.shape
     target_IO = weight_IO[order.columns_I]
+    del weight_IO  # the caller gave it away: in sweep order is enough, and it is as large as everything below
     root_II, pivot_I = factor.root_II, factor.pivot_I
     group_at_I = order.group_I[order.columns_I]
-    groups = group_count(weight_IO.shape[0], spec.group_size)
-    scale_GO = target_IO.new_empty(groups, weight_IO.shape[1])
+    groups = group_count(shape[0], spec.group_size)
+    scale_GO = target_IO.new_empty(groups, shape[1])
     zero_GO = torch.empty_like(scale_GO)
     if order.fixed_grids:
         for group in range(groups):
@@ -59,7 +61,7 @@ def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpe
             grid = searched_grid(target_IO[at_group].T, pivot_I[at_group], bits=spec.bits, sym=spec.sym)
             scale_GO[group], zero_GO[group] = grid
     error_IO, level_IO = torch.empty_like(target_IO), torch.empty_like(target_IO)
-    objective_O = target_IO.new_zeros(weight_IO.shape[1])
+    objective_O = target_IO.new_zeros(shape[1])
     for start, stop in order.bounds:
         running_BO = target_IO[start:stop].clone()
         inverse_BB = _inverse_upper(root_II[start:stop, start:stop])
@@ -74,7 +76,7 @@ def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpe
         torch.addcmul(target_IO[start:stop], level_IO[start:stop], grid_B.scale_R, value=-1, out=error_IO[start:stop])
         objective_O += miss_BO.div_(inverse_BB.diagonal()[:, None]).square_().sum(0)
     level_IO += zero_GO[group_at_I]
-    codes_IO = torch.empty(weight_IO.shape, dtype=torch.uint8, device=weight_IO.device)
+    codes_IO = torch.empty(shape, dtype=torch.uint8, device=target_IO.device)
     codes_IO[order.columns_I] = level_IO.to(torch.uint8)
     return Swept(codes_IO, scale_GO, zero_GO, objective_O)
 

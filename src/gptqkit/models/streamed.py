@@ -39,6 +39,7 @@ class StreamedModel:
         self.dtype = dtype
         self.disk_name = checkpoint_names(skeleton, weights.names)
         self._twins = _twins(skeleton)
+        self._places = {name: [_place(skeleton, twin) for twin in twins] for name, twins in self._twins.items()}
         self._meta: dict[str, nn.Parameter] = {}
         self._check_complete()
         for name, buffer in list(skeleton.named_buffers()):
@@ -138,8 +139,13 @@ class StreamedModel:
         def inject(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
             return (hidden_BTH,) if self.layout.returns_tuple else hidden_BTH
 
-        with stand_ins(self.skeleton, self.layout.path, inject):
-            return self.skeleton(input_ids=ids_BT.to(self.device), use_cache=False).logits
+        embedding = self.skeleton.get_input_embeddings()
+        self.skeleton.set_input_embeddings(_Blank(embedding.embedding_dim, self.dtype))
+        try:
+            with stand_ins(self.skeleton, self.layout.path, inject):
+                return self.skeleton(input_ids=ids_BT.to(self.device), use_cache=False).logits
+        finally:
+            self.skeleton.set_input_embeddings(embedding)
 
     def read_parameter(self, name: str) -> Tensor:
         """The checkpoint's tensor for a parameter, in the orientation of the module, in the checkpoint's dtype, on the CPU."""
@@ -151,8 +157,8 @@ class StreamedModel:
         self._parameter(name).data.copy_(value)
 
     def _parameter(self, name: str) -> nn.Parameter:
-        prefix, _, leaf = name.rpartition(".")
-        parameter = self.skeleton.get_submodule(prefix)._parameters[leaf]
+        owner, leaf = self._places[name][0]
+        parameter = owner._parameters[leaf]
         assert parameter is not None
         return parameter
 
@@ -167,9 +173,8 @@ class StreamedModel:
             self._set(name, self._meta.pop(name))
 
     def _set(self, name: str, parameter: nn.Parameter) -> None:
-        for twin in self._twins[name]:
-            prefix, _, leaf = twin.rpartition(".")
-            self.skeleton.get_submodule(prefix)._parameters[leaf] = parameter
+        for owner, leaf in self._places[name]:
+            owner._parameters[leaf] = parameter
 
     def _set_buffer(self, name: str, value: Tensor) -> None:
         prefix, _, leaf = name.rpartition(".")
@@ -210,6 +215,24 @@ class StreamedModel:
         """True when the checkpoint gives [out, in] for a module that holds [in, out]."""
         owner = self.skeleton.get_submodule(name.rpartition(".")[0])
         return self.weights.is_expanded(self.disk_name[name]) and is_conv1d(owner)
+
+
+class _Blank(nn.Module):
+    """Stands for the embedding where its values do not matter: what comes before the blocks, when only what comes after them is wanted."""
+
+    def __init__(self, width: int, dtype: torch.dtype) -> None:
+        super().__init__()
+        self._width = width
+        self._dtype = dtype
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        return torch.zeros((), dtype=self._dtype, device=ids_BT.device).expand(*ids_BT.shape, self._width)
+
+
+def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:
+    """The module that owns a parameter, and the parameter's name there."""
+    prefix, _, leaf = name.rpartition(".")
+    return model.get_submodule(prefix), leaf
 
 
 def _twins(model: nn.Module) -> dict[str, list[str]]:
