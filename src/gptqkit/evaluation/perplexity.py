@@ -28,7 +28,7 @@ from gptqkit.data import heldout_text
 from gptqkit.hf.skeleton import resolve_model
 from gptqkit.hf.tokenizer import check_vocabulary, encode, load_tokenizer
 from gptqkit.models.attention import WideAttention
-from gptqkit.models.device import resolve_device, resolve_dtype
+from gptqkit.models.device import give_back_memory, resolve_device, resolve_dtype
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 
@@ -133,6 +133,7 @@ def _last_hidden(model: StreamedModel, ids_NT: Tensor, name: str, emit: Emit) ->
     for index in range(model.block_count):
         with model.loaded_block(index) as block, WideAttention():
             hidden = [calls.get(number, index).run(block, state) for number, state in enumerate(hidden)]
+        give_back_memory()
         emit(Event("block", f"block {index + 1} of {model.block_count}", {"index": index, "blocks": model.block_count, "stage": name}))
     return torch.cat(hidden)
 

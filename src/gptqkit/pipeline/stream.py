@@ -25,6 +25,7 @@ from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event
 from gptqkit.core.weight import QuantizedWeight
 from gptqkit.formats import get_format
+from gptqkit.models.device import give_back_memory
 from gptqkit.models.layout import InputGroup, LinearInfo
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
@@ -114,6 +115,7 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
         calls, hidden = _embed(stream, batches)
         stream.emit(Event("stage", "quantizing blocks", {"name": "blocks"}))
         for index in range(stream.plan.blocks):
+            give_back_memory()
             started = time.perf_counter()
             with stream.model.loaded_block(index) as block:
                 groups, last = stream.model.layout.blocks[index], index == stream.plan.blocks - 1
@@ -203,6 +205,7 @@ class _BlockWorker:
     def solve(self, group: int) -> None:
         started = time.perf_counter()
         chosen = [(info, name, spec) for info in self._group(group).linears if (spec := self._spec(name := self._name(info)))]
+        give_back_memory()  # solving is the peak; what the forward left behind must not come on top of it
         gram, self.gram = self.gram, None
         if not chosen:
             return
