@@ -24,7 +24,7 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_equals_the_definition(quantized: Path) -> None:
-    result = gptqkit.evaluate(quantized, against=MODEL, windows=4, seqlen=64)
+    result = gptqkit.evaluate(quantized, against=MODEL, windows=4, seqlen=64, device="cpu")
     text = data.heldout_text().read_text(encoding="utf-8").replace("\x00", "\n")
     ids = AutoTokenizer.from_pretrained(MODEL)(text, add_special_tokens=False)["input_ids"][: 4 * 64]
     ids = torch.tensor(ids).view(4, 64)

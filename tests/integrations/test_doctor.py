@@ -19,7 +19,7 @@ from gptqkit.kernels.linear import QuantLinear
 
 def test_the_machine_without_a_model() -> None:
     found = diagnose()
-    assert found.packages["torch"] == torch.__version__
+    assert torch.__version__.startswith(found.packages["torch"])
     assert found.devices[0].name == "cpu"
     assert 0 < found.devices[0].available <= found.devices[0].memory
     assert found.cache_free > 0

@@ -194,6 +194,16 @@ def test_rules_change_and_skip_linears(model: Path, tmp_path: Path) -> None:
     assert loaded.model.layers[0].self_attn.o_proj.weight.dtype.is_floating_point
 
 
+def test_a_linear_outside_the_blocks_is_an_event_and_refused_under_strict(tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "opt", word_embed_proj_dim=32)  # a projection before and one after the blocks
+    with pytest.raises(InputError, match=r"--strict: \S*project_\S+\.weight, \S*project_\S+\.weight would stay in full precision"):
+        gptqkit.quantize(model, tmp_path / "out", CONFIG, strict=True, **SMALL)
+    events: list[Event] = []
+    gptqkit.quantize(model, tmp_path / "out", CONFIG, emit=events.append, **SMALL)
+    assert len([event for event in events if event.kind == "skip" and "linear outside the blocks" in event.message]) == 2
+    gptqkit.quantize(save_tiny(tmp_path / "llama"), tmp_path / "strict", CONFIG, strict=True, **SMALL)
+
+
 @pytest.mark.parametrize(
     ("config", "message"),
     [

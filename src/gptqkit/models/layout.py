@@ -22,6 +22,9 @@ from gptqkit.core.errors import InputError
 from gptqkit.hf.skeleton import is_conv1d
 from gptqkit.models.standin import Call, hidden_of, stand_ins
 
+LINEAR_OUTSIDE = "linear outside the blocks"
+"""The reason of a kept weight that could have been quantized had it been in a block: worth an event, an error under `strict`."""
+
 _PROBE_TOKENS = 8
 _SMALL_SHARE = 0.01
 
@@ -225,6 +228,8 @@ def _kept_outside(model: Any, path: str) -> list[Kept]:
             reason = "output head"
         elif isinstance(owner, nn.Embedding):
             reason = "embedding"
+        elif is_linear(owner) and name.endswith(".weight"):
+            reason = LINEAR_OUTSIDE
         else:
             reason = "outside the blocks"
         kept.append(Kept(name, parameter.numel(), reason))

@@ -27,6 +27,7 @@ from gptqkit.evaluation.perplexity import Evaluation, compare
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import transformers_version
 from gptqkit.models.device import MemoryMeter
+from gptqkit.models.layout import LINEAR_OUTSIDE
 from gptqkit.models.weights import open_weights
 from gptqkit.pipeline.card import model_card
 from gptqkit.pipeline.journal import FOLDER, Journal
@@ -161,8 +162,14 @@ def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
         check_output(job.out, prepared.folder, resume=job.resume, overwrite=job.overwrite)
         for event in prepared.plan.events:
             emit(event)
-        for tensor in prepared.plan.skipped:
+        unasked = [tensor for tensor in prepared.plan.kept if tensor.reason == LINEAR_OUTSIDE]
+        for tensor in (*prepared.plan.skipped, *unasked):
             emit(Event("skip", f"{tensor.name} stays in full precision: {tensor.reason}", {"name": tensor.name}))
+        if job.strict and unasked:
+            names = ", ".join(tensor.name for tensor in unasked)
+            raise InputError(
+                f"--strict: {names} would stay in full precision, since only the blocks are quantized; run without --strict to accept that"
+            )
         if job.config.method == "rtn":
             return prepared, CalibrationSet([], [], {"kind": "none", "sha256": None}, "")
         calibration = load_calibration(

@@ -35,6 +35,8 @@ from gptqkit.pipeline.journal import Journal
 from gptqkit.pipeline.plan import BATCH_TOKENS, Plan, linear_name
 
 OUTSIDE_SHARD_BYTES = 1 << 30
+WIDE = 4096
+"""Input features from which a Gram matrix (64 MB) weighs more than the page faults that giving memory back costs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,7 +117,8 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
         calls, hidden = _embed(stream, batches)
         stream.emit(Event("stage", "quantizing blocks", {"name": "blocks"}))
         for index in range(stream.plan.blocks):
-            give_back_memory()
+            if max(group.in_features for group in stream.model.layout.blocks[index]) >= WIDE:
+                give_back_memory()
             started = time.perf_counter()
             with stream.model.loaded_block(index) as block:
                 groups, last = stream.model.layout.blocks[index], index == stream.plan.blocks - 1
@@ -205,7 +208,8 @@ class _BlockWorker:
     def solve(self, group: int) -> None:
         started = time.perf_counter()
         chosen = [(info, name, spec) for info in self._group(group).linears if (spec := self._spec(name := self._name(info)))]
-        give_back_memory()  # solving is the peak; what the forward left behind must not come on top of it
+        if self._group(group).in_features >= WIDE:
+            give_back_memory()  # solving is the peak; what the forward left behind must not come on top of it
         gram, self.gram = self.gram, None
         if not chosen:
             return
