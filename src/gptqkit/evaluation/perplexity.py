@@ -133,8 +133,8 @@ def _last_hidden(model: StreamedModel, ids_NT: Tensor, name: str, emit: Emit) ->
     for index in range(model.block_count):
         with model.loaded_block(index) as block, WideAttention():
             hidden = [calls.get(number, index).run(block, state) for number, state in enumerate(hidden)]
-        give_back_memory()
         emit(Event("block", f"block {index + 1} of {model.block_count}", {"index": index, "blocks": model.block_count, "stage": name}))
+    give_back_memory()
     return torch.cat(hidden)
 
 
