@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -48,11 +49,17 @@ def clear_output(out: Path) -> None:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 
-def check_disk(out: Path, plan: Plan, done_bytes: int) -> None:
-    """Raises ResourceError when the output cannot fit. Half a percent and a megabyte are allowed for headers and side files."""
+def check_disk(out: Path, plan: Plan, *, reused: bool) -> None:
+    """Raises InputError when the output cannot be written, ResourceError when it cannot fit; `reused`: what is in `out` makes room for it.
+
+    Half a percent and a megabyte are allowed for headers and side files.
+    """
     existing = next(folder for folder in (out, *out.resolve().parents) if folder.exists())
+    if not os.access(existing, os.W_OK):
+        raise InputError(f"{out} cannot be written: {existing} is read-only or not yours; choose another output folder")
     activations = plan.memory.activations if plan.memory.place == "disk" else 0
-    needed = int(plan.size_after * 1.005) + (1 << 20) + activations - done_bytes
+    there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if reused and out.exists() else 0
+    needed = int(plan.size_after * 1.005) + (1 << 20) + activations - there
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ResourceError(

@@ -115,7 +115,7 @@ def run_job(job: Job, emit: Emit) -> Run:
         if job.overwrite:
             clear_output(job.out)
         with Journal(job.out) as journal:
-            _begin(job, prepared, journal, inputs)
+            _begin(journal, inputs)
             stream = Stream(prepared.model, source, prepared.plan, job.config, journal, recorder)
             with recorder.phase("quantize"):
                 records = quantize_blocks(stream, calibration.ids)
@@ -160,6 +160,7 @@ def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
             trust_remote_code=job.trust_remote_code,
         )  # fmt: skip
         check_output(job.out, prepared.folder, resume=job.resume, overwrite=job.overwrite)
+        check_disk(job.out, prepared.plan, reused=job.resume or job.overwrite)
         for event in prepared.plan.events:
             emit(event)
         unasked = [tensor for tensor in prepared.plan.kept if tensor.reason == LINEAR_OUTSIDE]
@@ -179,12 +180,10 @@ def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
     return prepared, calibration
 
 
-def _begin(job: Job, prepared: Prepared, journal: Journal, inputs: dict[str, Any]) -> None:
+def _begin(journal: Journal, inputs: dict[str, Any]) -> None:
     if journal.unfinished:
         journal.check_same(inputs)
-    written = sum(path.stat().st_size for path in journal.checkpoint.glob("*.safetensors")) if journal.unfinished else 0
-    check_disk(job.out, prepared.plan, written)
-    if not journal.unfinished:
+    else:
         journal.begin(inputs)
 
 
