@@ -107,7 +107,7 @@ def run_job(job: Job, emit: Emit) -> Run:
     with _out_of_memory():
         prepared, calibration = _prepare(job, recorder)
         meter = MemoryMeter(prepared.model.device)
-        with recorder.phase("hash"):
+        with recorder.phase("hash", "looking through the weights"):
             source = prepared.weights.source
             inputs = fixed_options(prepared.plan, job.config, fingerprint(prepared.folder, source), calibration.description)
         if job.resume and _is_finished(job.out):
@@ -117,14 +117,14 @@ def run_job(job: Job, emit: Emit) -> Run:
         with Journal(job.out) as journal:
             _begin(journal, inputs)
             stream = Stream(prepared.model, source, prepared.plan, job.config, journal, recorder)
-            with recorder.phase("quantize"):
+            with recorder.phase("quantize", "quantizing"):
                 records = quantize_blocks(stream, calibration.ids)
-            with recorder.phase("write"):
+            with recorder.phase("write", "completing the checkpoint"):
                 _finish_checkpoint(stream, prepared, records)
-            with recorder.phase("check"):
+            with recorder.phase("check", "reading it back"):
                 check = _check(stream, prepared, calibration.held_back)
             run = _result(job, prepared, calibration, records, check, meter, inputs, recorder)
-            with recorder.phase("publish"):
+            with recorder.phase("publish", "publishing"):
                 _publish(run, journal, prepared)
         if check is not None and not check.perplexity < float("inf"):
             raise CheckFailed(f"the checkpoint in {job.out} reads back, but its perplexity is not finite; see {FOLDER}/layers.jsonl there")
@@ -145,16 +145,16 @@ class _Recorder:
         self._emit(event)
 
     @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str, message: str) -> Iterator[None]:
         started = time.perf_counter()
-        self(Event("stage", name, {"name": name}))
+        self(Event("stage", message, {"name": name}))
         yield
         self.seconds[name] = round(time.perf_counter() - started, 3)
 
 
 def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
     """Everything that can refuse the job, before anything is written."""
-    with emit.phase("prepare"):
+    with emit.phase("prepare", "opening the model"):
         prepared = prepare(
             job.model, job.config, samples=job.samples, seqlen=job.seqlen, device=job.device, dtype=job.dtype, memory=job.memory,
             trust_remote_code=job.trust_remote_code,
