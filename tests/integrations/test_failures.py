@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.integrations.checkpoints import Checkpoint, make_checkpoint, write_tensors
+from tests.integrations.checkpoints import Checkpoint, make_checkpoint, tokens, write_tensors
 
 import gptqkit
 from gptqkit.core.errors import InputError
@@ -43,7 +43,9 @@ def test_missing_tensors_are_an_error_not_random_weights(missing: tuple[str, ...
 
 
 def test_a_missing_g_idx_means_natural_order(llama: Checkpoint, tmp_path: Path) -> None:
-    gptqkit.load(copy_with(llama, tmp_path / "model", without(llama, f"{UP}.g_idx")))
+    model = gptqkit.load(copy_with(llama, tmp_path / "model", without(llama, f"{UP}.g_idx")))
+    with torch.no_grad():
+        assert torch.equal(model(tokens()).logits, gptqkit.load(llama.folder)(tokens()).logits)
 
 
 def test_values_that_contradict_the_configuration(llama: Checkpoint, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.tiny import FAMILIES, save_tiny, token_ids
 import gptqkit
 from gptqkit import InputError, QuantConfig
 from gptqkit.core.events import Event
-from gptqkit.pipeline import stream
+from gptqkit.pipeline import journal, stream
 
 CONFIG = QuantConfig(bits=4, group_size=32)
 SMALL = {"calibration": token_ids(), "samples": 12, "seqlen": 32}
@@ -142,6 +142,45 @@ def test_killed_at_random_and_resumed(tmp_path: Path) -> None:
     if (out / "gptqkit" / "journal").exists():
         assert start(out, "--resume").wait() == 0
     assert digests(out) == digests(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("files_moved", [0, 1, 3, None])
+def test_interrupted_while_publishing_and_resumed(
+    files_moved: int | None, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """None: everything was moved, config.json too, and only the journal was still there."""
+    gptqkit.quantize(model, tmp_path / "whole", CONFIG, **SMALL)
+    out, rename, moved = tmp_path / "out", journal.rename, []
+
+    def cut(source: Path, target: Path) -> None:
+        if target.parent == out and target.suffix == ".safetensors":
+            if len(moved) == files_moved:
+                raise KeyboardInterrupt
+            moved.append(target)
+        rename(source, target)
+
+    def cut_at_the_end(self: journal.Journal) -> None:
+        raise KeyboardInterrupt
+
+    if files_moved is None:
+        monkeypatch.setattr(journal.Journal, "remove", cut_at_the_end)
+    monkeypatch.setattr(journal, "rename", cut)
+    with pytest.raises(KeyboardInterrupt):
+        gptqkit.quantize(model, out, CONFIG, **SMALL)
+    monkeypatch.undo()
+    with pytest.raises(InputError, match="resume"):
+        gptqkit.load(out)
+    gptqkit.quantize(model, out, CONFIG, resume=True, **SMALL)
+    assert digests(out) == digests(tmp_path / "whole")
+    assert not (out / "gptqkit" / "journal").exists()
+
+
+def test_overwriting_waits_for_nobody_and_destroys_nobodys_work(model: Path, tmp_path: Path) -> None:
+    gptqkit.quantize(model, tmp_path / "out", CONFIG, **SMALL)
+    before = digests(tmp_path / "out")
+    with journal.Journal(tmp_path / "out"), pytest.raises(InputError, match="is being written by another gptqkit process"):
+        gptqkit.quantize(model, tmp_path / "out", CONFIG, overwrite=True, **SMALL)
+    assert digests(tmp_path / "out") == before
 
 
 def test_a_shard_that_changed_is_made_again(model: Path, tmp_path: Path) -> None:

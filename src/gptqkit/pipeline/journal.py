@@ -104,6 +104,15 @@ class Journal:
                 target.parent.mkdir(exist_ok=True)
                 rename(path, target)
 
+    def unpublish(self) -> None:
+        """Takes back what an interrupted `publish` had moved, config.json first: a resumed run finds its checkpoint in one place."""
+        moved = [path for path in self.out.rglob("*") if path.is_file() and FOLDER not in path.relative_to(self.out).parts]
+        with writing(self.out):
+            for path in sorted(moved, key=lambda path: (path.name != "config.json", str(path))):
+                target = self.checkpoint / path.relative_to(self.out)
+                target.parent.mkdir(exist_ok=True)
+                rename(path, target)
+
     def remove(self) -> None:
         """Ends the journal: the run is finished."""
         shutil.rmtree(self.folder)

@@ -42,10 +42,11 @@ def check_output(out: Path, model: Path, *, resume: bool, overwrite: bool) -> No
 
 
 def clear_output(out: Path) -> None:
-    """Empties an output folder that gptqkit wrote (see `check_output`)."""
-    if out.exists():
-        with writing(out):
-            for path in out.iterdir():
+    """Empties an output folder that gptqkit wrote (see `check_output`) but for the lock, which the caller holds."""
+    kept = (out / FOLDER, out / FOLDER / ".lock")
+    with writing(out):
+        for path in [*out.iterdir(), *(out / FOLDER).iterdir()]:
+            if path not in kept:
                 shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
 
 

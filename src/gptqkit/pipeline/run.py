@@ -112,9 +112,9 @@ def run_job(job: Job, emit: Emit) -> Run:
             inputs = fixed_options(prepared.plan, job.config, fingerprint(prepared.folder, source), calibration.description)
         if job.resume and _is_finished(job.out):
             raise InputError(f"{job.out} is finished already; there is nothing to resume")
-        if job.overwrite:
-            clear_output(job.out)
         with Journal(job.out) as journal:
+            if job.overwrite:
+                clear_output(job.out)
             _begin(journal, inputs)
             stream = Stream(prepared.model, source, prepared.plan, job.config, journal, recorder)
             with recorder.phase("quantize", "quantizing"):
@@ -183,6 +183,7 @@ def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
 def _begin(journal: Journal, inputs: dict[str, Any]) -> None:
     if journal.unfinished:
         journal.check_same(inputs)
+        journal.unpublish()
     else:
         journal.begin(inputs)
 
