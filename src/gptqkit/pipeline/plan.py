@@ -166,7 +166,10 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Mem
     blocks = [_BlockCost.of(groups) for groups in set(model.layout.blocks)]
     in_flight = tokens * max((3 * hidden + b.width) * element for b in blocks)
     host_budget = available_memory(torch.device("cpu")) // 2 if budget is None else budget
-    device_budget = available_memory(model.device) // 2 if model.device.type == "cuda" else host_budget
+    device_budget = host_budget
+    if model.device.type == "cuda":
+        free = available_memory(model.device) // 2
+        device_budget = free if budget is None else min(free, budget)
     paused = stored + in_flight <= device_budget
     place = "device" if paused or stored <= device_budget else "ram" if stored <= host_budget else "disk"
     working = batch * max((3 * hidden + 2 * b.width) * element for b in blocks)
