@@ -302,6 +302,19 @@ def test_broken_models_are_refused_by_name(model: Path, tmp_path: Path) -> None:
     refused(folder, 'names no "architectures"')
 
 
+def test_activations_that_are_not_finite_name_their_linears(model: Path, tmp_path: Path) -> None:
+    folder = damaged(model, tmp_path)
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if "model.layers.1.input_layernorm.weight" in tensors:
+            tensors["model.layers.1.input_layernorm.weight"] *= 1e30
+            save_file(tensors, shard, metadata={"format": "pt"})
+    with pytest.raises(
+        InputError, match=r"model\.layers\.1\.self_attn\.q_proj, .*v_proj: the calibration inputs are not finite in 64 of 64 channels"
+    ):
+        gptqkit.quantize(folder, tmp_path / "out", CONFIG, **SMALL)
+
+
 def test_output_folders_are_not_clobbered(model: Path, tmp_path: Path) -> None:
     foreign = tmp_path / "foreign"
     foreign.mkdir()

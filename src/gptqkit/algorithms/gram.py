@@ -61,12 +61,6 @@ class Gram:
                 else:
                     target.addmm_(x_MI[:, start:stop].T, x_MI[:, start:])
 
-    @property
-    def nonfinite(self) -> bool:
-        """Whether any activation was NaN or infinite, or so large that its square is. Reads the diagonal only: a bad entry of column j
-        is squared into entry (j, j)."""
-        return not bool(torch.isfinite(self._sum_II.diagonal()).all())
-
     def finish(self) -> Tensor:
         """The mean [I, I], float32, exactly symmetric; zeros when no tokens came. Made in place, so that no second matrix of this size is
         needed: nothing can be added afterwards."""

@@ -191,7 +191,7 @@ def _begin(journal: Journal, inputs: dict[str, Any]) -> None:
 def _finish_checkpoint(stream: Stream, prepared: Prepared, records: list[LinearRecord]) -> None:
     """Index, configs and side files beside the shards: the journal's checkpoint folder becomes complete, config.json last."""
     folder = stream.journal.checkpoint
-    if (folder / "config.json").exists() or (stream.journal.out / "config.json").exists():
+    if (folder / "config.json").exists():
         return
     files, total = {}, 0
     for number in range(1, stream.shard_count + 1):
@@ -222,10 +222,7 @@ def _check(stream: Stream, prepared: Prepared, held_back: list[Tensor]) -> Evalu
     shortest = min(sequence.numel() for sequence in held_back)
     if shortest < 2:
         return None
-    folder = stream.journal.checkpoint
-    if not (folder / "config.json").exists():
-        folder = stream.journal.out
-    written = prepared.model.with_weights(open_weights(folder))
+    written = prepared.model.with_weights(open_weights(stream.journal.checkpoint))
     result = compare(written, prepared.model, [sequence[:shortest] for sequence in held_back], stream.emit)
     if result.reference_perplexity is not None and not result.perplexity < 3 * result.reference_perplexity:
         times = result.perplexity / result.reference_perplexity

@@ -21,7 +21,6 @@ from gptqkit.checkpoint.files import write_shard
 from gptqkit.checkpoint.source import TensorSource
 from gptqkit.checkpoint.writer import shard_name
 from gptqkit.core.config import LinearSpec, QuantConfig
-from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event
 from gptqkit.core.weight import QuantizedWeight
 from gptqkit.formats import get_format
@@ -218,13 +217,9 @@ class _BlockWorker:
         if gram is None:
             results = [_rounded(weight_OI, spec) for weight_OI, spec in zip(weights_OI, specs, strict=True)]
         else:
-            if gram.nonfinite:
-                names = ", ".join(name for _, name, _ in chosen)
-                raise InputError(
-                    f"the activations that {names} read are NaN or infinite; try --dtype float32, or check the model with another tool"
-                )
             config = self.stream.config
-            solutions = solve_group(weights_OI, gram.finish(), specs, order=config.column_order, damp=config.damp)
+            names = ", ".join(name for _, name, _ in chosen)
+            solutions = solve_group(weights_OI, gram.finish(), specs, order=config.column_order, damp=config.damp, name=names)
             results = [
                 (s.weight, dict(method=s.method, error=s.error, weight_change=s.weight_change, damp=s.damp, events=s.events))
                 for s in solutions
