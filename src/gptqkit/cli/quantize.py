@@ -30,6 +30,13 @@ def quantize(
     ] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric grid, or zero points. [default: sym]")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="How codes are chosen: gptq, rtn. [default: gptq]")] = None,
+    preset: Annotated[
+        str | None, typer.Option(metavar="NAME", help="How much work goes into it: plain (textbook GPTQ), fast, best. [default: fast]")
+    ] = None,
+    signed_scales: Annotated[
+        bool | None,
+        typer.Option("--signed-scales/--no-signed-scales", help="Symmetric scales may be negative. [default: signed]"),
+    ] = None,
     format: Annotated[
         str | None, typer.Option(metavar="NAME", help="How they are stored: gptq, gptq_v2, compressed-tensors. [default: gptq]")
     ] = None,
@@ -72,7 +79,8 @@ def quantize(
       gptqkit quantize ./llama ./llama-4bit --resume
     """
     typed = {
-        "bits": bits, "group_size": group_size, "sym": sym, "method": method, "format": format, "order": order, "desc_act": desc_act,
+        "bits": bits, "group_size": group_size, "sym": sym, "method": method, "preset": preset, "signed_scales": signed_scales,
+        "format": format, "order": order, "desc_act": desc_act,
         "damp": damp, "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed,
     }  # fmt: skip
     request = make_request(recipe, typed, rule or [])

@@ -22,8 +22,8 @@ from gptqkit.core.config import QuantConfig, Rule
 from gptqkit.core.errors import InputError
 
 _CONFIG_TYPES: dict[str, tuple[type, ...]] = {
-    "bits": (int,), "group_size": (int,), "sym": (bool,), "method": (str,), "format": (str,), "order": (str, type(None)),
-    "desc_act": (bool,), "damp": (int, float), "rules": (list,),
+    "bits": (int,), "group_size": (int,), "sym": (bool,), "method": (str,), "preset": (str,), "signed_scales": (bool,), "format": (str,),
+    "order": (str, type(None)), "desc_act": (bool,), "damp": (int, float), "rules": (list,),
 }  # fmt: skip
 _DATA_TYPES: dict[str, tuple[type, ...]] = {"samples": (int,), "seqlen": (int,), "seed": (int,), "calibration": (str,)}
 _TYPES = {**_CONFIG_TYPES, **_DATA_TYPES}

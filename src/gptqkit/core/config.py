@@ -16,6 +16,7 @@ from gptqkit.core.errors import InputError
 BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
 METHODS = ("gptq", "rtn")
+PRESETS = ("plain", "fast", "best")
 ORDERS = ("natural", "activation", "group-aware")
 FORMAT_NAMES = ("gptq", "gptq_v2", "compressed-tensors")
 
@@ -94,6 +95,9 @@ class QuantConfig:
     group_size  columns that share a scale: 32, 64, 128, 256, or -1 for a whole row
     sym         symmetric grid (zero point in the middle); False stores zero points
     method      how codes are chosen: "gptq", or "rtn" (round to nearest; needs no calibration)
+    preset      how much work GPTQ puts into it: "plain" (the textbook, for comparison), "fast", "best"
+    signed_scales  symmetric scales may be negative, so that the longer side of the grid faces the longer tail; False for engines
+                that take only positive ones
     format      how they are stored: "gptq", "gptq_v2", "compressed-tensors"
     order       in which order GPTQ fixes columns: "group-aware" (None: the default), "activation" (static groups), "natural"
     desc_act    groups follow the activation order: needs a g_idx, which vLLM, MLX and GGUF refuse
@@ -109,6 +113,8 @@ class QuantConfig:
     group_size: int = 128
     sym: bool = True
     method: str = "gptq"
+    preset: str = "fast"
+    signed_scales: bool = True
     format: str = "gptq"
     order: str | None = None
     desc_act: bool = False
@@ -120,6 +126,7 @@ class QuantConfig:
         _choice("bits", self.bits, BITS)
         _choice("group_size", self.group_size, GROUP_SIZES)
         _choice("method", self.method, METHODS)
+        _choice("preset", self.preset, PRESETS)
         _choice("format", self.format, FORMAT_NAMES)
         if self.order is not None:
             _choice("order", self.order, ORDERS)
