@@ -2,7 +2,7 @@
 
 This file and its neighbours in gptqkit.hf hold everything that knows transformers; the names below that are not public API are covered by
 a contract test, which fails when a release moves them: `conversion_mapping.get_model_conversion_mapping`,
-`core_model_loading.{rename_source_key, WeightRenaming, WeightConverter}`, `pytorch_utils.Conv1D`.
+`core_model_loading.{rename_source_key, WeightRenaming, WeightConverter, MergeModulelist, Concatenate}`, `pytorch_utils.Conv1D`.
 """
 
 from __future__ import annotations
@@ -19,12 +19,11 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 
 from gptqkit.checkpoint.files import read_json
 from gptqkit.core.errors import InputError
+from gptqkit.hf.experts import model_names, replace_experts
 
 _DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*"]
 
@@ -65,7 +64,8 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The causal LM with every parameter on the meta device and every buffer computed; in eval mode, without gradients.
 
-    A `quantization_config` is left out: this is the architecture, and weights are put in as plain tensors.
+    A `quantization_config` is left out: this is the architecture, and weights are put in as plain tensors. Stacked experts are taken apart
+    into linears (experts.py).
     """
     plain = type(config).from_dict({key: value for key, value in config.to_dict().items() if key != "quantization_config"})
     for key in ("_name_or_path", "name_or_path"):
@@ -76,6 +76,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
             model = AutoModelForCausalLM.from_config(plain, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise InputError(f"{config.model_type} cannot be built as a causal language model: {str(error).splitlines()[0]}") from None
+    replace_experts(model)
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 
@@ -86,17 +87,13 @@ def checkpoint_names(model: Any, names: Iterable[str]) -> dict[str, str]:
     Checkpoint names that the model has no place for are left out. Raises InputError when loading would have to merge or split
     tensors, which needs more than a name.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
     state = model.state_dict()
     found: dict[str, str] = {}
-    for name in names:
-        target, converted = rename_source_key(name, renamings, converters, getattr(model, "base_model_prefix", None), state)
-        if converted is not None and target in state:
+    for name, target, merged in model_names(model, names):
+        if merged and target in state:
             raise InputError(
-                f"tensor {name}: {type(model).__name__} merges such tensors into {target} when it loads (fused experts, usually); "
-                "this version quantizes dense models only"
+                f"tensor {name}: {type(model).__name__} merges such tensors into {target} when it loads; "
+                "this version quantizes only what a checkpoint stores linear by linear"
             )
         if target in state:
             found[target] = name

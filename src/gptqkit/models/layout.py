@@ -19,11 +19,17 @@ import torch
 from torch import Tensor, nn
 
 from gptqkit.core.errors import InputError
+from gptqkit.hf.experts import is_container, refusal
 from gptqkit.hf.skeleton import is_conv1d
 from gptqkit.models.standin import Call, hidden_of, stand_ins
 
 LINEAR_OUTSIDE = "linear outside the blocks"
 """The reason of a kept weight that could have been quantized had it been in a block: worth an event, an error under `strict`."""
+
+ROUTER = "router"
+"""The reason of a kept weight that decides which experts a token goes to."""
+ROUTERS = ("gate", "router")
+"""What routers are called beside `experts`."""
 
 _PROBE_TOKENS = 8
 _SMALL_SHARE = 0.01
@@ -133,7 +139,7 @@ class _Probe:
         return (hidden,) if self.returns_tuple else hidden
 
     def _run(self, block: nn.Module, call: Call, hidden: Tensor) -> Any:
-        linears = {module: name for name, module in block.named_modules() if is_linear(module)}
+        linears = {module: name for name, module in block.named_modules() if is_linear(module) and full_precision(block, name) is None}
         seen: dict[nn.Module, list[tuple[Any, ...]]] = {}
         alive: list[Tensor] = []
 
@@ -187,8 +193,12 @@ def _grouped(linears: dict[nn.Module, str], seen: dict[nn.Module, list[tuple[Any
 
 
 def _identity(x: Tensor) -> tuple[Any, ...]:
-    """Equal for views of the same values: storage, offset, size, and the version counter that in-place writes advance."""
-    return (x.untyped_storage().data_ptr(), x.storage_offset(), x.numel(), x.dtype, x._version)
+    """Equal for views of the same values: storage, offset, size, and the version counter that in-place writes advance.
+
+    Empty tensors (of experts that no token reached) have no memory to tell them apart; there the storage object does it.
+    """
+    storage = x.untyped_storage()
+    return (storage.data_ptr() or storage._cdata, x.storage_offset(), x.numel(), x.dtype, x._version)
 
 
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
@@ -199,22 +209,57 @@ def _signature(block: nn.Module) -> tuple[Any, ...]:
     return (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
 
 
+def full_precision(block: nn.Module, linear: str) -> str | None:
+    """Why a linear of a block is left as it is; None when it is to be quantized.
+
+    A router decides which experts run at all, and a gate of one output scales a whole expert: next to nothing to save, everything to lose.
+    """
+    if _below_router(block, linear):
+        return ROUTER
+    if linear_info(linear, block.get_submodule(linear)).out_features == 1:
+        return "gate of one output"
+    return None
+
+
+def _below_router(block: nn.Module, name: str) -> bool:
+    """True for what belongs to a child `gate` or `router` of a module that has a child `experts`."""
+    path = name.split(".")
+    owners = (block.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
+    return any(part in ROUTERS and hasattr(owner, "experts") for part, owner in zip(path, owners, strict=True))
+
+
 def _kept_inside(path: str, blocks: nn.ModuleList) -> list[Kept]:
     kept = []
     for index, block in enumerate(blocks):
-        weights = {f"{name}.weight" for name, module in block.named_modules() if is_linear(module)}
+        linears = {name: full_precision(block, name) for name, module in block.named_modules() if is_linear(module)}
         total = sum(p.numel() for p in block.parameters())
         for name, parameter in block.named_parameters():
-            if name in weights:
-                continue
-            if parameter.ndim >= 2 and parameter.numel() > _SMALL_SHARE * total:
-                share = 100 * parameter.numel() / total
-                raise InputError(
-                    f"{path}.{index}.{name} {tuple(parameter.shape)} is {share:.0f} % of its block and is neither a Linear nor a Conv1D "
-                    "(fused experts, usually); quantizing around it would miss most of the model; this version handles dense models only"
-                )
-            kept.append(Kept(f"{path}.{index}.{name}", parameter.numel(), "bias" if name.endswith("bias") else "norm or small parameter"))
+            owner, _, leaf = name.rpartition(".")
+            if leaf == "weight" and owner in linears:
+                reason = linears[owner]
+                if reason is None:
+                    continue
+            elif _below_router(block, name):
+                reason = ROUTER
+            elif parameter.ndim >= 2 and parameter.numel() > _SMALL_SHARE * total:
+                raise _unknown(f"{path}.{index}.{name}", parameter, total, block.get_submodule(owner))
+            else:
+                reason = "bias" if leaf.endswith("bias") else "norm or small parameter"
+            kept.append(Kept(f"{path}.{index}.{name}", parameter.numel(), reason))
     return kept
+
+
+def _unknown(name: str, parameter: nn.Parameter, total: int, owner: nn.Module) -> InputError:
+    share = 100 * parameter.numel() / total
+    why = (
+        f"stacked experts of a kind that this version cannot take apart: {refusal(owner)}"
+        if is_container(owner)
+        else "no Linear, no Conv1D"
+    )
+    return InputError(
+        f"{name} {tuple(parameter.shape)} is {share:.0f} % of its block and cannot be quantized ({why}); "
+        "quantizing around it would miss most of the model"
+    )
 
 
 def _kept_outside(model: Any, path: str) -> list[Kept]:
