@@ -9,12 +9,13 @@ The sweep only needs R and the inverses of its diagonal blocks (sweep.py), so th
 of the 4/3 I^3 of factor, invert, factor again, and no ill-conditioned inverse in between.
 
 Damping adds lambda_j to the diagonal, with a floor (`damping`). A column whose input was never different from zero (H_jj = 0) says nothing
-and couples to nothing: its row and column of H are zero, so H_jj = 1 leaves it alone, and the sweep rounds it to nearest. It is not zeroed:
-calibration is a sample, and a channel silent in the sample may speak in use.
+and couples to nothing: its row and column of H are zero, so the damping's floor alone stands on its diagonal, and the sweep rounds it to
+nearest. It is not zeroed: calibration is a sample, and a channel silent in the sample may speak in use.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +31,15 @@ _ATTEMPTS = 6  # 0.01 -> 1000: far beyond any matrix that is finite and symmetri
 @dataclass(frozen=True, slots=True, eq=False)
 class Factor:
     """root_II  upper triangular R in sweep order, H = R R^T
-    pivot_I  R_jj^2 in sweep order: what a rounding error of 1 at its turn costs; 0 for columns whose input was never different from zero
+    pivot_I  R_jj^2 in sweep order: what a rounding error of 1 at its turn costs
+    damping_I  what was added to the diagonal, in natural order
     damp     the fraction that was needed
     events   what had to be done to get it, in words
     """
 
     root_II: Tensor
     pivot_I: Tensor
+    damping_I: Tensor
     damp: float
     events: tuple[str, ...]
 
@@ -56,31 +59,37 @@ def even_damping(diagonal_I: Tensor, damp: float) -> Tensor:
     return torch.maximum(damping(diagonal_I, damp), damp * _live(diagonal_I).mean())
 
 
+DampingRule = Callable[[Tensor, float], Tensor]
+
+
+def mean_damping(diagonal_I: Tensor, damp: float) -> Tensor:
+    """The textbook's: damp times the mean of the diagonal for every column. A few massive channels drown all others in it."""
+    return (damp * _live(diagonal_I).mean()).expand_as(diagonal_I)
+
+
 def _live(diagonal_I: Tensor) -> Tensor:
     live = diagonal_I[diagonal_I > 0]
     return live if live.numel() else diagonal_I.new_ones(1)
 
 
-def factorize(gram_II: Tensor, columns_I: Tensor, damp: float, *, even: bool = False) -> Factor:
+def factorize(gram_II: Tensor, columns_I: Tensor, damp: float, *, rule: DampingRule = damping) -> Factor:
     """R of the damped Gram matrix [I, I] in the order `columns_I`. Float32, again in float64 on failure, then with more damping.
 
     Raises InputError when nothing helps (a Gram matrix that is not one: not symmetric, or negative on the diagonal).
     """
     diagonal_I = gram_II.diagonal()
-    rule = even_damping if even else damping
     events: list[str] = []
     reversed_I = columns_I.flip(0)
     for _ in range(_ATTEMPTS):
-        damped_I = torch.where(diagonal_I > 0, diagonal_I + rule(diagonal_I, damp), 1.0)
+        damping_I = rule(diagonal_I, damp)
         matrix_II = gram_II[reversed_I[:, None], reversed_I]
-        matrix_II.diagonal().copy_(damped_I[reversed_I])
+        matrix_II.diagonal().add_(damping_I[reversed_I])
         for dtype in (gram_II.dtype, torch.float64):
             lower_II, failed = torch.linalg.cholesky_ex(matrix_II.to(dtype))
             if not failed.item() and bool(torch.isfinite(lower_II.diagonal()).all()):  # L_ii takes in every other entry of its row
                 del matrix_II  # these are the largest matrices of a run: three at a time, not four
                 root_II = lower_II.flip(0, 1).to(gram_II.dtype)
-                pivot_I = torch.where(diagonal_I[columns_I] > 0, root_II.diagonal().square(), 0.0)
-                return Factor(root_II, pivot_I, damp, tuple(events))
+                return Factor(root_II, root_II.diagonal().square(), damping_I, damp, tuple(events))
             events.append(f"Cholesky failed in {str(dtype).removeprefix('torch.')} with damping {damp:g}")
         damp *= RAISE
     raise InputError(f"the Gram matrix cannot be factored even with damping {damp / RAISE:g}: it is not positive semidefinite")

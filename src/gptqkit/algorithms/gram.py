@@ -71,3 +71,36 @@ class Gram:
             mean_II[start:stop, start:stop] = corner_BB + corner_BB.triu(1).T
             mean_II[stop:, start:stop] = mean_II[start:stop, stop:].T
         return mean_II.div_(max(self.tokens, 1))
+
+
+class CrossGram:
+    """Running X_q^T X_f of two streams that see the same tokens: X_q what a linear reads in the quantized model, X_f in the original.
+
+    >>> cross = CrossGram(1, "cpu")
+    >>> cross.add(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [4.0]]))
+    >>> cross.finish()
+    tensor([[7.]])
+    """
+
+    def __init__(self, in_features: int, device: torch.device | str) -> None:
+        self.tokens = 0
+        self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+
+    def add(self, x_MI: Tensor, original_MI: Tensor) -> None:
+        """Adds tokens of both streams, row by row the same ones (leading dimensions are flattened)."""
+        x_MI, original_MI = x_MI.reshape(-1, x_MI.shape[-1]), original_MI.reshape(-1, x_MI.shape[-1])
+        self.tokens += x_MI.shape[0]
+        step = _CUDA_TOKENS if x_MI.is_cuda else _CPU_TOKENS
+        native = x_MI.is_cuda and x_MI.dtype in (torch.bfloat16, torch.float16)
+        with short_operands() if x_MI.dtype == torch.bfloat16 else exact():
+            for start in range(0, x_MI.shape[0], step):
+                left_MI, right_MI = x_MI[start : start + step], original_MI[start : start + step]
+                if native:
+                    self._sum_II += torch.mm(left_MI.T, right_MI, out_dtype=torch.float32)
+                else:
+                    self._sum_II.addmm_(left_MI.float().T, right_MI.float())
+
+    def finish(self) -> Tensor:
+        """The mean [I, I]: row an input of the quantized stream, column one of the original. Nothing can be added afterwards."""
+        mean_II, self._sum_II = self._sum_II, self._sum_II.new_empty(0, 0)
+        return mean_II.div_(max(self.tokens, 1))

@@ -29,27 +29,40 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptqkit.algorithms.factor import Factor
+from gptqkit.algorithms.factor import DampingRule, Factor
 from gptqkit.algorithms.order import ColumnOrder
 from gptqkit.core.config import LinearSpec
-from gptqkit.core.grid import Grid, searched_grid
+from gptqkit.core.grid import Grid, candidate_grids, minmax_grid, searched_grid
 from gptqkit.core.weight import group_count
+
+STRIP = 32
+"""Columns of a block between which errors go by matrix-vector product; between strips, by matrix product."""
+
+
+class Effort(NamedTuple):
+    """How much is done for a linear: which grid search ("minmax", "pivot" or "exact"), whether symmetric scales may be negative, rounds of
+    refinement (refine.py), and the rule of damping (factor.py)."""
+
+    grid: str
+    signed: bool
+    rounds: int
+    damping: DampingRule
 
 
 class Swept(NamedTuple):
-    """codes_IO uint8, natural column order; scale_GO, zero_GO in the compute dtype; objective_O: ||W - Q||_H^2 of each row, damped H."""
+    """level_IO: code - zero, natural column order, and scale_GO, zero_GO, all in the compute dtype; objective_O: ||W - Q||_H^2 of each
+    row, damped H."""
 
-    codes_IO: Tensor
+    level_IO: Tensor
     scale_GO: Tensor
     zero_GO: Tensor
     objective_O: Tensor
 
 
-def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpec) -> Swept:
+def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpec, effort: Effort) -> Swept:
     """Quantizes [I, O] (columns in natural order, float32 or float64) given the factor of H in sweep order."""
     shape = weight_IO.shape
     target_IO = weight_IO[order.columns_I]
-    del weight_IO  # the caller gave it away: in sweep order is enough, and it is as large as everything below
     root_II, pivot_I = factor.root_II, factor.pivot_I
     group_at_I = order.group_I[order.columns_I]
     groups = group_count(shape[0], spec.group_size)
@@ -58,8 +71,7 @@ def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpe
     if order.fixed_grids:
         for group in range(groups):
             at_group = group_at_I == group
-            grid = searched_grid(target_IO[at_group].T, pivot_I[at_group], bits=spec.bits, sym=spec.sym)
-            scale_GO[group], zero_GO[group] = grid
+            scale_GO[group], zero_GO[group] = _grid_of(target_IO[at_group], pivot_I[at_group], spec, effort)
     error_IO, level_IO = torch.empty_like(target_IO), torch.empty_like(target_IO)
     objective_O = target_IO.new_zeros(shape[1])
     for start, stop in order.bounds:
@@ -67,21 +79,50 @@ def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpe
         inverse_BB = _inverse_upper(root_II[start:stop, start:stop])
         if start:
             running_BO.addmm_(inverse_BB.T, root_II[:start, start:stop].T @ error_IO[:start])
+        share_BB = (inverse_BB / inverse_BB.diagonal()[:, None]).T.contiguous()  # [later, earlier]: U_jk / U_jj
         group_B = group_at_I[start:stop]
         if not order.fixed_grids:
-            grid = searched_grid(running_BO.T, pivot_I[start:stop], bits=spec.bits, sym=spec.sym)
+            search = exact_grid if effort.grid == "exact" else None
+            grid = (
+                search(running_BO, share_BB, pivot_I[start:stop], spec, effort)
+                if search
+                else _grid_of(running_BO, pivot_I[start:stop], spec, effort)
+            )
             scale_GO[group_B[0]], zero_GO[group_B[0]] = grid
         grid_B = Grid(scale_GO[group_B], zero_GO[group_B])
-        miss_BO = _fix_block(running_BO, level_IO[start:stop], inverse_BB, grid_B, spec.bits)
+        miss_BO = _fix_block(running_BO, level_IO[start:stop], share_BB, grid_B, spec.bits)
         torch.addcmul(target_IO[start:stop], level_IO[start:stop], grid_B.scale_R, value=-1, out=error_IO[start:stop])
-        objective_O += miss_BO.div_(inverse_BB.diagonal()[:, None]).square_().sum(0)
-    level_IO += zero_GO[group_at_I]
-    codes_IO = torch.empty(shape, dtype=torch.uint8, device=target_IO.device)
-    codes_IO[order.columns_I] = level_IO.to(torch.uint8)
-    return Swept(codes_IO, scale_GO, zero_GO, objective_O)
+        objective_O += miss_BO.square_().mul_(pivot_I[start:stop, None]).sum(0)
+    natural_IO = torch.empty_like(level_IO)
+    natural_IO[order.columns_I] = level_IO
+    return Swept(natural_IO, scale_GO, zero_GO, objective_O)
 
 
-def _fix_block(running_BO: Tensor, level_BO: Tensor, inverse_BB: Tensor, grid_B: Grid, bits: int) -> Tensor:
+def _grid_of(weight_BO: Tensor, pivot_B: Tensor, spec: LinearSpec, effort: Effort) -> Grid:
+    if effort.grid == "minmax":
+        return minmax_grid(weight_BO.T, bits=spec.bits, sym=spec.sym)
+    return searched_grid(weight_BO.T, pivot_B, bits=spec.bits, sym=spec.sym, signed=effort.signed)
+
+
+def exact_grid(running_BO: Tensor, share_BB: Tensor, pivot_B: Tensor, spec: LinearSpec, effort: Effort) -> Grid:
+    best: Grid | None = None
+    least_O = running_BO.new_empty(0)
+    level_BO = torch.empty_like(running_BO)
+    for grid in candidate_grids(running_BO.T, bits=spec.bits, sym=spec.sym, signed=effort.signed):
+        grid_B = Grid(grid.scale_R.expand_as(running_BO), grid.zero_R.expand_as(running_BO))
+        miss_BO = _fix_block(running_BO.clone(), level_BO, share_BB, grid_B, spec.bits)
+        loss_O = pivot_B @ miss_BO.square_()
+        if best is None:
+            best, least_O = grid, loss_O
+            continue
+        better_O = loss_O < least_O
+        best = Grid(torch.where(better_O, grid.scale_R, best.scale_R), torch.where(better_O, grid.zero_R, best.zero_R))
+        least_O = torch.where(better_O, loss_O, least_O)
+    assert best is not None
+    return best
+
+
+def _fix_block(running_BO: Tensor, level_BO: Tensor, share_BB: Tensor, grid_B: Grid, bits: int) -> Tensor:
     """Rounds the columns of a block in turn. Writes code - zero into `level_BO`; returns w_j - q_j [B, O] as it was at each turn.
 
     The loop is the hot spot of a run: one matrix-vector product and five in-place passes a column, no allocation, no synchronisation.
@@ -89,16 +130,19 @@ def _fix_block(running_BO: Tensor, level_BO: Tensor, inverse_BB: Tensor, grid_B:
     lowest = (-grid_B.zero_R).unbind(0)
     highest = (2**bits - 1 - grid_B.zero_R).unbind(0)
     scales, running, levels = grid_B.scale_R.unbind(0), running_BO.unbind(0), level_BO.unbind(0)
-    share_BB = (inverse_BB / inverse_BB.diagonal()[:, None]).T.contiguous()  # [later, earlier]: U_jk / U_jj
     miss_BO = torch.empty_like(running_BO)
     misses = miss_BO.unbind(0)
-    for j in range(running_BO.shape[0]):
-        column, level, miss = running[j], levels[j], misses[j]
-        if j:
-            column.addmv_(miss_BO[:j].T, share_BB[j, :j], alpha=-1)
-        torch.div(column, scales[j], out=level)
-        level.round_().clamp_(lowest[j], highest[j])
-        torch.addcmul(column, level, scales[j], value=-1, out=miss)
+    for start in range(0, running_BO.shape[0], STRIP):
+        stop = min(start + STRIP, running_BO.shape[0])
+        if start:
+            running_BO[start:stop].addmm_(share_BB[start:stop, :start], miss_BO[:start], alpha=-1)
+        for j in range(start, stop):
+            column, level, miss = running[j], levels[j], misses[j]
+            if j > start:
+                column.addmv_(miss_BO[start:j].T, share_BB[j, start:j], alpha=-1)
+            torch.div(column, scales[j], out=level)
+            level.round_().clamp_(lowest[j], highest[j])
+            torch.addcmul(column, level, scales[j], value=-1, out=miss)
     return miss_BO
 
 

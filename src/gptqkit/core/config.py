@@ -138,7 +138,7 @@ class QuantConfig:
     @property
     def column_order(self) -> str:
         """The order the solver runs in: one of ORDERS, or "desc-act"."""
-        return "desc-act" if self.desc_act else self.order or "group-aware"
+        return "desc-act" if self.desc_act else self.order or ("natural" if self.preset == "plain" else "group-aware")
 
     def spec(self, name: str) -> LinearSpec | None:
         """The spec of the linear called `name`, or None when a rule skips it."""

@@ -12,6 +12,7 @@ above 2**-14 in magnitude, the smallest float16 normal. Tensors: R = rows, C = c
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -47,19 +48,33 @@ def minmax_grid(weight_RC: Tensor, *, bits: int, sym: bool) -> Grid:
 
 
 SHRINKS = tuple(1 - 0.05 * step for step in range(11))
-"""Fractions of a row's range that `searched_grid` tries, widest first: 1.0, 0.95 … 0.5."""
+"""Fractions of a row's range that a search tries, widest first: 1.0, 0.95 … 0.5."""
+SHRINKS_2_BITS = (*SHRINKS, 0.45, 0.4, 0.35)
 
 
-def searched_grid(weight_RC: Tensor, importance_C: Tensor, *, bits: int, sym: bool) -> Grid:
-    """The shrunken min-max grid with the least weighted rounding error, sum over c of importance_c (w - q)^2, of each row.
+def candidate_grids(weight_RC: Tensor, *, bits: int, sym: bool, signed: bool) -> Iterator[Grid]:
+    """The min-max grid of each row and shrunken ones, widest first. `signed` adds the mirror image of each symmetric grid.
+
+    A symmetric grid reaches one step further down than up, (-2**(bits-1) .. 2**(bits-1) - 1) scale: with a negative scale, up. At 2 bits
+    that is two steps against one, so which side faces the longer tail matters a good deal.
+    """
+    for shrink in SHRINKS_2_BITS if bits == 2 else SHRINKS:
+        grid = minmax_grid(weight_RC * shrink, bits=bits, sym=sym)
+        yield grid
+        if sym and signed:
+            yield Grid(-grid.scale_R, grid.zero_R)
+
+
+def searched_grid(weight_RC: Tensor, importance_C: Tensor, *, bits: int, sym: bool, signed: bool = False) -> Grid:
+    """Of `candidate_grids` the one with the least weighted rounding error, sum over c of importance_c (w - q)^2, of each row.
 
     Clipping a few far weights makes the step finer for all others; how far to go depends on which columns matter, so a plain squared error
-    (all importances equal) is the wrong measure, and often worse than not clipping at all. Ties go to the wider grid.
+    (all importances equal) is the wrong measure, and often worse than not clipping at all. Ties go to the first, the widest.
     """
-    best = minmax_grid(weight_RC, bits=bits, sym=sym)
+    grids = candidate_grids(weight_RC, bits=bits, sym=sym, signed=signed)
+    best = next(grids)
     least_R = _weighted_error(weight_RC, importance_C, best, bits)
-    for shrink in SHRINKS[1:]:
-        grid = minmax_grid(weight_RC * shrink, bits=bits, sym=sym)
+    for grid in grids:
         error_R = _weighted_error(weight_RC, importance_C, grid, bits)
         better_R = error_R < least_R
         best = Grid(torch.where(better_R, grid.scale_R, best.scale_R), torch.where(better_R, grid.zero_R, best.zero_R))

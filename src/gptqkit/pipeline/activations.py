@@ -27,6 +27,11 @@ class Activations:
             with writing(folder):
                 folder.mkdir(parents=True, exist_ok=True)
 
+    def sibling(self, name: str) -> Activations:
+        """An empty list of the same length, kept in the same place."""
+        folder = None if self._folder is None else self._folder / name
+        return Activations(len(self), device=self._device, place=self._place, folder=folder)
+
     def __len__(self) -> int:
         return len(self._kept)
 

@@ -29,21 +29,31 @@ from gptqkit.models.layout import InputGroup
 from gptqkit.models.standin import Call, StopForward
 from gptqkit.pipeline.activations import Activations
 
-OnInput = Callable[[int, Tensor], None]
-"""(group index, what its linears read for one batch)."""
+OnInput = Callable[[int, Tensor, Tensor | None], None]
+"""(group index, what its linears read for one batch, and what they would read in the original model if a reference runs beside)."""
 OnGroup = Callable[[int], None]
 """All batches of a group were seen: solve it and put the quantized weights into the block."""
 
 
 @dataclass(frozen=True, slots=True)
+class Reference:
+    """The same block with its original weights, on the activations of the original model: the second stream."""
+
+    block: nn.Module
+    hidden: Activations
+
+
+@dataclass(frozen=True, slots=True)
 class BlockPass:
-    """One block over all batches: `run` feeds inputs to `on_input`, calls `on_group`, and replaces `hidden` by the block's outputs."""
+    """One block over all batches: `run` feeds inputs to `on_input`, calls `on_group`, and replaces `hidden` by the block's outputs (the
+    reference's by the reference's)."""
 
     block: nn.Module
     groups: Sequence[InputGroup]
     calls: Sequence[Call]
     hidden: Activations
     last: bool = False
+    reference: Reference | None = None
 
     def run(self, *, paused: bool, on_input: OnInput, on_group: OnGroup) -> None:
         """`paused` holds all batches in flight; else the forward is replayed per group. Equal results.
@@ -57,77 +67,114 @@ class BlockPass:
 
     def propagate(self) -> None:
         """Only replaces `hidden` by the outputs."""
-        with WideAttention():
-            for batch, call in enumerate(self.calls):
-                self.hidden[batch] = call.run(self.block, self.hidden[batch])
+        for block, hidden in self._streams():
+            with WideAttention():
+                for batch, call in enumerate(self.calls):
+                    hidden[batch] = call.run(block, hidden[batch])
 
     def _paused(self, on_input: OnInput, on_group: OnGroup) -> None:
-        main = greenlet.getcurrent()
-        solved = [False] * len(self.groups)
-
-        def pause(index: int) -> Callable[..., None]:
-            def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-                if not solved[index]:
-                    main.switch((index, _input_of(inputs, named)))
-
-            return hook
-
-        hooks = [self._leader(i).register_forward_pre_hook(pause(i), with_kwargs=True) for i in range(len(self.groups))]
-        flights = [greenlet.greenlet(call.run) for call in self.calls]
+        streams = [_Flights(block, self.groups, self.calls, hidden) for block, hidden in self._streams()]
         try:
-            with WideAttention():  # around the switches, not inside a flight: modes nest by call order, which flights do not keep
-                arrivals = [flight.switch(self.block, self.hidden[batch]) for batch, flight in enumerate(flights)]
             for index in range(len(self.groups)):
-                for batch, arrival in enumerate(arrivals):
-                    if not isinstance(arrival, tuple) or arrival[0] != index:
-                        raise InputError(
-                            f"{type(self.block).__name__}: its forward takes another path for batch {batch} than the probe saw; "
-                            "not supported yet"
-                        )
-                    on_input(index, arrival[1])
-                arrivals.clear()
+                for flights in streams:
+                    flights.advance(index)
+                for batch in range(len(self.calls)):
+                    inputs = [flights.arrivals[batch] for flights in streams]
+                    on_input(index, inputs[0], inputs[1] if len(inputs) > 1 else None)
+                for flights in streams:
+                    flights.arrivals.clear()
                 on_group(index)
-                solved[index] = True
-                if self.last and index == len(self.groups) - 1:
-                    return
-                with WideAttention():
-                    for batch, flight in enumerate(flights):
-                        arrival = flight.switch()
-                        if flight.dead:
-                            self.hidden[batch] = arrival
-                        else:
-                            arrivals.append(arrival)
+            if not self.last:
+                for flights in streams:
+                    flights.land()
         finally:
-            for hook in hooks:
-                hook.remove()
-            for flight in flights:
-                if not flight.dead:
-                    flight.throw(greenlet.GreenletExit)
+            for flights in streams:
+                flights.close()
 
     def _replayed(self, on_input: OnInput, on_group: OnGroup) -> None:
         for index, group in enumerate(self.groups):
-
-            def hook(
-                module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], index: int = index, whole: bool = group.revisited
-            ) -> None:
-                on_input(index, _input_of(inputs, named))
-                if not whole:
-                    raise StopForward
-
-            handle = self._leader(index).register_forward_pre_hook(hook, with_kwargs=True)
-            try:
-                for batch, call in enumerate(self.calls):
-                    with suppress(StopForward), WideAttention():
-                        call.run(self.block, self.hidden[batch])
-            finally:
-                handle.remove()
+            for batch, call in enumerate(self.calls):
+                seen = [self._inputs(index, group.revisited, block, call, hidden[batch]) for block, hidden in self._streams()]
+                for visit, x in enumerate(seen[0]):
+                    on_input(index, x, seen[1][visit] if len(seen) > 1 else None)
             on_group(index)
         if not self.last:
             self.propagate()
 
-    def _leader(self, index: int) -> nn.Module:
-        """The first linear of a group to be called."""
-        return self.block.get_submodule(self.groups[index].linears[0].name)
+    def _inputs(self, index: int, revisited: bool, block: nn.Module, call: Call, hidden_BTH: Tensor) -> list[Tensor]:
+        """What the group reads in one forward, which ends there unless the group is visited again."""
+        seen: list[Tensor] = []
+
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            seen.append(_input_of(inputs, named))
+            if not revisited:
+                raise StopForward
+
+        handle = _leader(block, self.groups[index]).register_forward_pre_hook(hook, with_kwargs=True)
+        try:
+            with suppress(StopForward), WideAttention():
+                call.run(block, hidden_BTH)
+        finally:
+            handle.remove()
+        return seen
+
+    def _streams(self) -> list[tuple[nn.Module, Activations]]:
+        reference = [] if self.reference is None else [(self.reference.block, self.reference.hidden)]
+        return [(self.block, self.hidden), *reference]
+
+
+class _Flights:
+    """The forwards of one block over all batches, each paused at the first linear of a group."""
+
+    def __init__(self, block: nn.Module, groups: Sequence[InputGroup], calls: Sequence[Call], hidden: Activations) -> None:
+        self.arrivals: list[Tensor] = []
+        self._block = block
+        self._hidden = hidden
+        self._main = greenlet.getcurrent()
+        self._reached = -1
+        self._hooks = [
+            _leader(block, group).register_forward_pre_hook(self._pause(index), with_kwargs=True) for index, group in enumerate(groups)
+        ]
+        self._flights = [greenlet.greenlet(call.run) for call in calls]
+
+    def advance(self, index: int) -> None:
+        """Every batch to the first linear of group `index`; what it reads is in `arrivals`."""
+        self._reached = index - 1
+        with WideAttention():  # around the switches, not inside a flight: modes nest by call order, which flights do not keep
+            for batch, flight in enumerate(self._flights):
+                arrival = flight.switch() if flight else flight.switch(self._block, self._hidden[batch])
+                if not isinstance(arrival, tuple) or arrival[0] != index:
+                    raise InputError(
+                        f"{type(self._block).__name__}: its forward takes another path for batch {batch} than the probe saw; "
+                        "not supported yet"
+                    )
+                self.arrivals.append(arrival[1])
+
+    def land(self) -> None:
+        """Every batch to the end; the outputs replace the inputs."""
+        self._reached = len(self._hooks)
+        with WideAttention():
+            for batch, flight in enumerate(self._flights):
+                self._hidden[batch] = flight.switch()
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        for flight in self._flights:
+            if not flight.dead:
+                flight.throw(greenlet.GreenletExit)
+
+    def _pause(self, index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            if index > self._reached:
+                self._main.switch((index, _input_of(inputs, named)))
+
+        return hook
+
+
+def _leader(block: nn.Module, group: InputGroup) -> nn.Module:
+    """The first linear of a group to be called."""
+    return block.get_submodule(group.linears[0].name)
 
 
 def _input_of(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

@@ -5,6 +5,7 @@ Read `quantize_blocks` from top to bottom: it is the whole run.
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,8 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from gptqkit.algorithms.gptq import solve_group
-from gptqkit.algorithms.gram import Gram
+from gptqkit.algorithms.gptq import EFFORTS, solve_group
+from gptqkit.algorithms.gram import CrossGram, Gram
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.checkpoint.files import write_shard
 from gptqkit.checkpoint.source import TensorSource
@@ -29,7 +30,7 @@ from gptqkit.models.layout import InputGroup, LinearInfo
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
-from gptqkit.pipeline.capture import BlockPass
+from gptqkit.pipeline.capture import BlockPass, Reference
 from gptqkit.pipeline.journal import Journal
 from gptqkit.pipeline.plan import BATCH_TOKENS, Plan, linear_name
 
@@ -114,6 +115,7 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
     batches = make_batches(sequences, stream.model.device)
     with torch.inference_mode():
         calls, hidden = _embed(stream, batches)
+        original = _second_stream(stream, hidden) if stream.config.preset == "best" and batches else None
         stream.emit(Event("stage", "quantizing blocks", {"name": "blocks"}))
         for index in range(stream.plan.blocks):
             if max(group.in_features for group in stream.model.layout.blocks[index]) >= WIDE:
@@ -121,7 +123,8 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
             started = time.perf_counter()
             with stream.model.loaded_block(index) as block:
                 groups, last = stream.model.layout.blocks[index], index == stream.plan.blocks - 1
-                whole = BlockPass(block, groups, [calls.get(b, index) for b in range(len(batches))], hidden, last)
+                reference = None if original is None else Reference(copy.deepcopy(block), original)
+                whole = BlockPass(block, groups, [calls.get(b, index) for b in range(len(batches))], hidden, last, reference)
                 if index < len(done):
                     _restore(stream, index)
                     whole.propagate()
@@ -136,7 +139,9 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
                     {"index": index, "blocks": stream.plan.blocks, "seconds": seconds},
                 )
             )
-        hidden.clear()
+        for activations in (hidden, original):
+            if activations is not None:
+                activations.clear()
     return records
 
 
@@ -170,6 +175,14 @@ def _embed(stream: Stream, batches: list[Tensor]) -> tuple[CallStore, Activation
     return calls, hidden
 
 
+def _second_stream(stream: Stream, hidden: Activations) -> Activations:
+    """What the blocks of the original model receive: to begin with, the same as those of the quantized one."""
+    second = hidden.sibling("original")
+    for batch in range(len(hidden)):
+        second[batch] = hidden[batch]
+    return second
+
+
 def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int) -> list[LinearRecord]:
     """One block: every group solved in order of use, its shard written and journalled, `whole.hidden` advanced."""
     worker = _BlockWorker(stream, index, whole.block, tokens)
@@ -195,21 +208,29 @@ class _BlockWorker:
         self.block = block
         self.tokens = tokens
         self.gram: Gram | None = None
+        self.cross: CrossGram | None = None
         self.tensors: dict[str, Tensor] = {}
         self.records: list[LinearRecord] = []
         self.format = get_format(stream.config.format)
 
-    def see(self, group: int, x: Tensor) -> None:
+    def see(self, group: int, x: Tensor, original: Tensor | None) -> None:
         if self.gram is None:
             self.gram = Gram(self._group(group).in_features, self.stream.model.device)
-        self.gram.add(x.reshape(-1, x.shape[-1]))
+            self.cross = None if original is None or self._routed(group) else CrossGram(x.shape[-1], self.stream.model.device)
+        self.gram.add(x)
+        if self.cross is not None and original is not None:
+            self.cross.add(x, original)
+
+    def _routed(self, group: int) -> bool:
+        """True for linears of experts: which tokens they read is decided by a router, and differently in the two streams."""
+        return ".experts." in self._group(group).linears[0].name
 
     def solve(self, group: int) -> None:
         started = time.perf_counter()
         chosen = [(info, name, spec) for info in self._group(group).linears if (spec := self._spec(name := self._name(info)))]
         if self._group(group).in_features >= WIDE:
             give_back_memory()  # solving is the peak; what the forward left behind must not come on top of it
-        gram, self.gram = self.gram, None
+        gram, self.gram, cross, self.cross = self.gram, None, self.cross, None
         if not chosen:
             return
         weights_OI = [self._weight(info) for info, _, _ in chosen]
@@ -219,7 +240,16 @@ class _BlockWorker:
         else:
             config = self.stream.config
             names = ", ".join(name for _, name, _ in chosen)
-            solutions = solve_group(weights_OI, gram.finish(), specs, order=config.column_order, damp=config.damp, name=names)
+            solutions = solve_group(
+                weights_OI,
+                gram.finish(),
+                specs,
+                order=config.column_order,
+                damp=config.damp,
+                name=names,
+                effort=EFFORTS[config.preset]._replace(signed=config.signed_scales and config.preset != "plain"),
+                cross_II=None if cross is None else cross.finish(),
+            )
             results = [
                 (s.weight, dict(method=s.method, error=s.error, weight_change=s.weight_change, damp=s.damp, events=s.events))
                 for s in solutions

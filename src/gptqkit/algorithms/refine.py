@@ -1,0 +1,128 @@
+"""After the sweep: the best scale for the codes, the best code for the scale, in turn, group by group.
+
+The sweep decides each column once, and each grid before it has seen the codes. What is left on the table is picked up by minimising the
+very same objective J = ||W - Q||_H^2 over one group of variables at a time, everything else held fixed. With E = W - Q and P = H E:
+
+    scale of group g   q = s v with v = code - zero:  s += b / a,    b = v . P_g,  a = v H_gg v      (J falls by b^2 / a)
+    zero of group g    z += 1 moves the group by -s:  b = 1 . P_g,   a = 1 H_gg 1                    (asymmetric only)
+    code of column j   q_j = nearest grid value to q_j + P_j / H_jj                                  (QuantEase, arXiv:2309.01885)
+
+Each is the exact minimiser of its coordinate on the grid of values that can be stored (scales are rounded to float16 before they are
+judged), so J never rises. P is brought up to date once per group with one matrix product; a round over all groups costs O I^2
+multiply-adds, as much as the sweep itself.
+
+Everything is [I, O], as in the sweep. Shapes: I = in features sorted by group, O = rows, B = columns of one group, G = groups.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from gptqkit.core.grid import round_scale
+
+
+@dataclass(slots=True)
+class Fitted:
+    """A quantized weight as the solver holds it, columns sorted by group: value = scale * level, level = code - zero.
+
+    level_IO  the compute dtype, whole numbers
+    scale_GO, zero_GO  float16 values and whole numbers in the compute dtype
+    """
+
+    level_IO: Tensor
+    scale_GO: Tensor
+    zero_GO: Tensor
+    bits: int
+    sym: bool
+
+
+class Refiner:
+    """Minimises ||W - Q||_H^2 from where the sweep ended. `gram_II` without damping, `damping_I` to be added to its diagonal."""
+
+    def __init__(self, target_IO: Tensor, gram_II: Tensor, damping_I: Tensor, bounds: list[tuple[int, int]], fitted: Fitted) -> None:
+        self.fitted = fitted
+        self.gram_II = gram_II
+        self.damping_I = damping_I
+        self.bounds = bounds
+        group_I = torch.repeat_interleave(
+            torch.arange(len(bounds), device=target_IO.device),
+            torch.tensor([stop - start for start, stop in bounds], device=target_IO.device),
+        )
+        error_IO = torch.addcmul(target_IO, fitted.level_IO, fitted.scale_GO[group_I], value=-1)
+        self.pull_IO = torch.addcmul(gram_II @ error_IO, error_IO, damping_I[:, None])
+        """P = H E: half the downhill gradient of J."""
+
+    def round(self, *, codes: bool = True) -> None:
+        """One pass over all groups: scale (and zero), then, with `codes`, every code of the group."""
+        for group, (start, stop) in enumerate(self.bounds):
+            within_BB = self.gram_II[start:stop, start:stop].clone()
+            within_BB.diagonal().add_(self.damping_I[start:stop])
+            pull_BO, level_BO = self.pull_IO[start:stop].clone(), self.fitted.level_IO[start:stop]
+            before_BO = level_BO * self.fitted.scale_GO[group]
+            self._fit_scale(group, level_BO, pull_BO, within_BB)
+            if not self.fitted.sym:
+                self._fit_zero(group, level_BO, pull_BO, within_BB)
+            if codes:
+                self._fit_codes(group, level_BO, pull_BO, within_BB)
+            moved_BO = torch.addcmul(before_BO, level_BO, self.fitted.scale_GO[group], value=-1)
+            self.pull_IO.addmm_(self.gram_II[:, start:stop], moved_BO)
+            self.pull_IO[start:stop].addcmul_(moved_BO, self.damping_I[start:stop, None])
+
+    def _fit_scale(self, group: int, level_BO: Tensor, pull_BO: Tensor, within_BB: Tensor) -> None:
+        seen_BO = within_BB @ level_BO
+        gain_O, cost_O = (level_BO * pull_BO).sum(0), (level_BO * seen_BO).sum(0)
+        scale_O = self.fitted.scale_GO[group]
+        step_O = round_scale(scale_O + gain_O / cost_O.clamp_min(torch.finfo(cost_O.dtype).tiny)) - scale_O
+        step_O = torch.where(step_O * (2 * gain_O - step_O * cost_O) > 0, step_O, 0.0)
+        self.fitted.scale_GO[group] = scale_O + step_O
+        pull_BO.addcmul_(seen_BO, step_O, value=-1)
+
+    def _fit_zero(self, group: int, level_BO: Tensor, pull_BO: Tensor, within_BB: Tensor) -> None:
+        seen_B = within_BB.sum(1)
+        zero_O, scale_O = self.fitted.zero_GO[group], self.fitted.scale_GO[group]
+        step_O = torch.where(pull_BO.sum(0) * scale_O > 0, 1.0, -1.0)  # of the levels; the zero moves the other way
+        step_O = torch.where((zero_O - step_O >= 1) & (zero_O - step_O <= 2**self.fitted.bits - 1), step_O, 0.0)
+        moved_O = step_O * scale_O
+        step_O = torch.where(moved_O * (2 * pull_BO.sum(0) - moved_O * seen_B.sum()) > 0, step_O, 0.0)
+        self.fitted.zero_GO[group] = zero_O - step_O
+        level_BO += step_O
+        pull_BO.addcmul_(seen_B[:, None], step_O * scale_O, value=-1)
+
+    def _fit_codes(self, group: int, level_BO: Tensor, pull_BO: Tensor, within_BB: Tensor) -> None:
+        """Coordinate descent over the columns; a column collects what those before it owe when its turn comes (as in the sweep)."""
+        scale_O, zero_O = self.fitted.scale_GO[group], self.fitted.zero_GO[group]
+        lowest_O, highest_O = -zero_O, 2**self.fitted.bits - 1 - zero_O
+        inverse_B = 1 / within_BB.diagonal()
+        share_BB = within_BB * inverse_B[:, None]
+        pull_BO.mul_(inverse_B[:, None]).div_(scale_O)  # in steps of the grid from here on
+        moved_BO = torch.empty_like(pull_BO)
+        pulls, levels, moves = pull_BO.unbind(0), level_BO.unbind(0), moved_BO.unbind(0)
+        for j in range(pull_BO.shape[0]):
+            if j:
+                pulls[j].addmv_(moved_BO[:j].T, share_BB[j, :j], alpha=-1)
+            torch.add(levels[j], pulls[j], out=moves[j])
+            moves[j].round_().clamp_(lowest_O, highest_O).sub_(levels[j])
+            levels[j].add_(moves[j])
+
+
+def refine(target_IO: Tensor, gram_II: Tensor, damping_I: Tensor, group_I: Tensor, fitted: Fitted, rounds: int) -> None:
+    """`rounds` of scales and codes, then scales once more; `fitted` is updated in place."""
+    sizes = torch.bincount(group_I).tolist()
+    stops = list(itertools.accumulate(sizes))
+    bounds = [(stop - size, stop) for size, stop in zip(sizes, stops, strict=True)]
+    columns_I = torch.argsort(group_I, stable=True)
+    scattered = bool((group_I.diff() < 0).any())
+    if scattered:
+        level_IO, fitted.level_IO = fitted.level_IO, fitted.level_IO[columns_I]
+        target_IO, gram_II, damping_I = target_IO[columns_I], gram_II[columns_I[:, None], columns_I], damping_I[columns_I]
+    refiner = Refiner(target_IO, gram_II, damping_I, bounds, fitted)
+    for _ in range(rounds):
+        refiner.round()
+    refiner.round(codes=False)
+    if scattered:
+        level_IO[columns_I] = fitted.level_IO
+        fitted.level_IO = level_IO
