@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 import gptqkit
+from gptqkit.cli.bench import quality
 from gptqkit.cli.convert import convert
 from gptqkit.cli.demo import demo
 from gptqkit.cli.doctor import doctor
@@ -33,7 +34,11 @@ VERBS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "generate": generate,
     "demo": demo,
+    "bench quality": quality,
 }
+"""By what is typed. Two words are a group and a verb in it."""
+
+GROUPS = {"bench": "Measure gptqkit beside other tools."}
 
 
 def _version(asked: bool) -> None:
@@ -65,8 +70,13 @@ def build() -> typer.Typer:
     """The application. Markup and pretty tracebacks are off: help and failures read the same in a terminal and in a log."""
     app = typer.Typer(name="gptqkit", add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.callback()(_root)
-    for name, verb in VERBS.items():
-        app.command(name)(verb)
+    groups = {name: typer.Typer(help=about, rich_markup_mode=None) for name, about in GROUPS.items()}
+    for words, verb in VERBS.items():
+        group, _, name = words.rpartition(" ")
+        (groups[group] if group else app).command(name)(verb)
+    for name, group_app in groups.items():
+        group_app.callback()(lambda: None)  # with one verb, a group without a callback would be that verb
+        app.add_typer(group_app, name=name)
     return app
 
 

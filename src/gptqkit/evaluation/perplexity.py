@@ -106,14 +106,22 @@ def read_windows(folder: Path, text: Path, windows: int, seqlen: int, model: Str
     return [torch.tensor(ids[start : start + seqlen]) for start in range(0, count * seqlen, seqlen)]
 
 
-def compare(subject: StreamedModel, reference: StreamedModel | None, sequences: Sequence[Tensor], emit: Emit = silent) -> Evaluation:
-    """Evaluates on equal-length `sequences` of token ids."""
+def compare(
+    subject: StreamedModel,
+    reference: StreamedModel | None,
+    sequences: Sequence[Tensor],
+    emit: Emit = silent,
+    original: Tensor | None = None,
+) -> Evaluation:
+    """Evaluates on equal-length `sequences` of token ids. `original` is what `last_hidden` gave for the reference, where it is known:
+    many models against one reference then cost half."""
     started = time.perf_counter()
     ids_NT = torch.stack(list(sequences))
     scores = _Scores()
     with torch.inference_mode():
-        hidden = _last_hidden(subject, ids_NT, "model", emit)
-        original = None if reference is None else _last_hidden(reference, ids_NT, "original", emit)
+        hidden = last_hidden(subject, ids_NT, "model", emit)
+        if reference is not None and original is None:
+            original = last_hidden(reference, ids_NT, "original", emit)
         with subject.loaded_outside(), nullcontext() if reference is None else reference.loaded_outside():
             for number in range(len(ids_NT)):
                 row = slice(number, number + 1)
@@ -122,8 +130,8 @@ def compare(subject: StreamedModel, reference: StreamedModel | None, sequences: 
     return scores.result(ids_NT, time.perf_counter() - started, compared=reference is not None)
 
 
-def _last_hidden(model: StreamedModel, ids_NT: Tensor, name: str, emit: Emit) -> Tensor:
-    """[N, T, H]: what the last block returns."""
+def last_hidden(model: StreamedModel, ids_NT: Tensor, name: str, emit: Emit) -> Tensor:
+    """[N, T, H]: what the last block returns. `name` is how events call the model."""
     step = max(1, _FORWARD_TOKENS // ids_NT.shape[1])
     batches = [ids_NT[start : start + step] for start in range(0, len(ids_NT), step)]
     calls = CallStore()
