@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +34,13 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4},
     "phi3": {**GATED},
     "gemma2": {**GATED, "head_dim": 16},
+    "qwen3_moe": {**GATED, "head_dim": 16, "moe_intermediate_size": 32, "num_experts": 4, "num_experts_per_tok": 2},
+    "mixtral": {**GATED, "num_local_experts": 3},
     "falcon": {**SIZES, "new_decoder_architecture": False, "parallel_attn": True, "alibi": False},
 }
 HEADS = ("lm_head", "embed_out")
+EXPERT_NAMES = {"mixtral": ("block_sparse_moe", "w1", "w3", "w2")}
+"""Where a family's checkpoints do not name gate, up and down like Qwen's."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +57,9 @@ def build_model(family: str, dtype: torch.dtype = torch.float32) -> Any:
     options = FAMILIES[family]
     config = transformers.AutoConfig.for_model(family.partition("-")[0], **COMMON, **options)
     model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for name, parameter in model.named_parameters():
+        if "mlp.gate.weight" in name or "experts" in name:  # routers start as zeros
+            parameter.data.normal_(std=0.1)
     for parameter in model.parameters():
         if parameter.dim() == 1:  # biases and norms start as constants, which would hide a mix-up
             parameter.data += 0.1 * torch.randn_like(parameter)
@@ -86,16 +94,24 @@ def make_checkpoint(
     tensors = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for tied in model.all_tied_weights_keys or {}:
         tensors.pop(tied, None)
+    if family == "mixtral":
+        tensors = {name.replace(".mlp.gate.", ".block_sparse_moe.gate."): tensor for name, tensor in tensors.items()}
     specs = {}
     for name, module in model.named_modules():
         if isinstance(module, (nn.Linear, Conv1D)) and name not in HEADS:
             transposed = isinstance(module, Conv1D)
-            weight = round_to_nearest(module.weight.data.T.contiguous() if transposed else module.weight.data, spec)
-            dense_OI = weight.dequantize(dtype)
-            module.weight.data = dense_OI.T.contiguous() if transposed else dense_OI
+            stored = [(name, module.weight.data.T if transposed else module.weight.data)]
             del tensors[f"{name}.weight"]
-            tensors |= {f"{name}.{local}": tensor for local, tensor in layout.encode(weight).items()}
-            specs[name] = spec
+        elif hasattr(module, "gate_up_proj") and hasattr(module, "num_experts"):
+            stored = list(experts_on_disk(family, name, module))
+            del tensors[f"{name}.gate_up_proj"], tensors[f"{name}.down_proj"]
+        else:
+            continue
+        for disk_name, weight_OI in stored:
+            weight = round_to_nearest(weight_OI.contiguous(), spec)
+            weight_OI.copy_(weight.dequantize(dtype))
+            tensors |= {f"{disk_name}.{local}": tensor for local, tensor in layout.encode(weight).items()}
+            specs[disk_name] = spec
     folder.mkdir(parents=True)
     config = model.config.to_dict() | {"architectures": [type(model).__name__], "dtype": str(dtype)[6:]}
     quantization = layout.config(specs, [], desc_act=False, details={"unknown_fact": [1, 2]})
@@ -103,6 +119,15 @@ def make_checkpoint(
     (folder / "config.json").write_text(json.dumps(config))
     write_tensors(folder, tensors)
     return Checkpoint(folder, model, tensors)
+
+
+def experts_on_disk(family: str, name: str, module: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The name in a checkpoint of each linear of each expert, and a view [O, I] of its weight in the stacked parameters."""
+    names = EXPERT_NAMES.get(family, ("mlp", "gate_proj", "up_proj", "down_proj"))
+    for expert in range(module.num_experts):
+        gate, up = module.gate_up_proj.data[expert].chunk(2)
+        prefix = f"{name.replace('.mlp.', f'.{names[0]}.')}.{expert}"
+        yield from zip((f"{prefix}.{part}" for part in names[1:]), (gate, up, module.down_proj.data[expert]), strict=True)
 
 
 def write_tensors(folder: Path, tensors: dict[str, torch.Tensor], shards: int = 1) -> None:

@@ -13,12 +13,15 @@ import torch
 import transformers
 from tests.integrations.checkpoints import build_model
 from transformers import conversion_mapping, core_model_loading, initialization, modeling_utils, pytorch_utils
+from transformers.integrations import moe
 from transformers.quantizers import auto, base
 from transformers.utils import quantization_config
 
 from gptqkit.hf import quantizer
+from gptqkit.hf.experts import model_names
 
 WHERE = f"transformers {transformers.__version__} changed it; adapt src/gptqkit/hf/quantizer.py"
+EXPERTS = f"transformers {transformers.__version__} changed it; adapt src/gptqkit/hf/experts.py"
 
 
 def parameters(function: Any) -> list[str]:
@@ -41,6 +44,8 @@ def parameters(function: Any) -> list[str]:
         (core_model_loading, "WeightConverter"),
         (core_model_loading, "WeightRenaming"),
         (core_model_loading, "rename_source_key"),
+        (core_model_loading, "MergeModulelist"),
+        (core_model_loading, "Concatenate"),
         (pytorch_utils, "Conv1D"),
     ],
 )
@@ -105,12 +110,14 @@ def test_loader_keeps_integers_and_takes_declared_dtypes() -> None:
 
 def test_renaming_machinery_has_the_signature_we_call() -> None:
     expected = ["source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"]
-    assert parameters(core_model_loading.rename_source_key)[:5] == expected, f"rename_source_key: {WHERE} (_rename)"
-    assert parameters(conversion_mapping.get_model_conversion_mapping)[0] == "model", f"get_model_conversion_mapping: {WHERE} (_rename)"
+    assert parameters(core_model_loading.rename_source_key)[:5] == expected, f"rename_source_key: {WHERE} (experts.py: model_names)"
+    assert parameters(conversion_mapping.get_model_conversion_mapping)[0] == "model", (
+        f"get_model_conversion_mapping: {WHERE} (experts.py: model_names)"
+    )
     model = build_model("llama")
-    assert list(quantizer._rename(model, ["layers.0.mlp.up_proj.weight"])) == [
+    assert list(model_names(model, ["layers.0.mlp.up_proj.weight"])) == [
         ("layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight", False)
-    ], f"a base model's names do not get their prefix: {WHERE} (_rename)"
+    ], f"a base model's names do not get their prefix: {WHERE} (experts.py: model_names)"
 
 
 def test_models_say_what_is_tied_and_what_may_be_missing() -> None:
@@ -124,6 +131,27 @@ def test_initialization_respects_the_flag_on_tensors() -> None:
     flagged._is_hf_initialized = True
     initialization.normal_(flagged)
     assert not flagged.any(), f"_is_hf_initialized no longer protects a tensor: {WHERE} (_initialized)"
+
+
+def test_expert_containers_describe_themselves() -> None:
+    source = inspect.getsource(moe.use_experts_implementation)
+    for flag in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"):
+        assert f"self.{flag} = {flag}" in source, f"a container of experts no longer says {flag}: {EXPERTS} (refusal)"
+    assert "_apply_gate" in source, f"containers have no _apply_gate any more: {EXPERTS} (Experts.combine)"
+    experts = build_model("qwen3_moe").model.layers[0].mlp.experts
+    assert parameters(type(experts).forward) == ["self", "hidden_states", "top_k_index", "top_k_weights"], f"experts' forward: {EXPERTS}"
+    assert [name for name, _ in experts.named_parameters()] == ["gate_up_proj", "down_proj"], f"stacked parameters: {EXPERTS}"
+
+
+def test_loading_asks_the_quantizer_for_its_rules_and_saving_reverts_them() -> None:
+    assert parameters(base.HfQuantizer.update_weight_conversions) == ["self", "weight_conversions", "model"], f"{WHERE} (experts)"
+    assert "hf_quantizer.update_weight_conversions(" in inspect.getsource(conversion_mapping.get_model_conversion_mapping), (
+        f"{WHERE} (experts)"
+    )
+    assert "model._weight_conversions" in inspect.getsource(core_model_loading.convert_and_load_state_dict_in_model), (
+        f"{WHERE} (_dequantize)"
+    )
+    assert "_weight_conversions" in inspect.getsource(core_model_loading.revert_weight_conversion), f"{WHERE} (_dequantize)"
 
 
 def test_conv1d_stores_in_by_out() -> None:

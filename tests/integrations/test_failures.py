@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.integrations.checkpoints import Checkpoint, make_checkpoint, tokens, write_tensors
+from transformers import AutoConfig
 
 import gptqkit
 from gptqkit.core.errors import InputError
@@ -67,19 +68,24 @@ def test_quantized_tensors_of_something_that_is_no_linear(llama: Checkpoint, tmp
         gptqkit.load(copy_with(llama, tmp_path / "model", tensors))
 
 
-def test_quantized_experts_are_refused_by_name(llama: Checkpoint, tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "dense", "qwen2").folder
-    tensors = {name: tensor for name, tensor in llama.tensors.items() if ".mlp." not in name}
-    for projection in ("gate_proj", "up_proj", "down_proj"):
-        packed = {name: t for name, t in llama.tensors.items() if name.startswith(f"model.layers.0.mlp.{projection}.")}
-        tensors |= {name.replace(".mlp.", ".mlp.experts.0."): t for name, t in packed.items()}
-    values = json.loads((llama.folder / "config.json").read_text())
-    experts = {"num_experts": 2, "num_experts_per_tok": 1, "moe_intermediate_size": 96, "decoder_sparse_step": 1, "head_dim": 16}
-    values |= {"model_type": "qwen3_moe", "architectures": ["Qwen3MoeForCausalLM"], **experts}
-    (folder / "config.json").write_text(json.dumps(values))
-    write_tensors(folder, tensors)
-    with pytest.raises(InputError, match=r"experts\.0\.\w+ is quantized, but Qwen3MoeForCausalLM merges it with others into .*experts"):
-        gptqkit.load(folder)
+def test_a_missing_expert_is_named(tmp_path: Path) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", "qwen3_moe")
+    missing = [name for name in checkpoint.tensors if name.startswith("model.layers.1.mlp.experts.2.up_proj.")]
+    write_tensors(checkpoint.folder, without(checkpoint, *missing))
+    with pytest.raises(InputError, match=r"lacks 1 tensors that Qwen3MoeForCausalLM needs: model\.layers\.1\.mlp\.experts\.2\.up_proj"):
+        gptqkit.load(checkpoint.folder)
+
+
+def test_experts_that_cannot_be_taken_apart_are_refused_by_name(llama: Checkpoint, tmp_path: Path) -> None:
+    """nemotron_h: experts without a gate."""
+    sizes = {"num_hidden_layers": 2, "layers_block_type": ["moe", "attention"], "n_routed_experts": 2, "num_experts_per_tok": 1}
+    config = AutoConfig.for_model("nemotron_h", vocab_size=96, hidden_size=64, moe_intermediate_size=96, **sizes).to_dict()
+    quantization = json.loads((llama.folder / "config.json").read_text())["quantization_config"]
+    tmp_path.joinpath("config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    packed = {name.removeprefix(UP): tensor for name, tensor in llama.tensors.items() if name.startswith(f"{UP}.")}
+    write_tensors(tmp_path, {f"model.layers.0.mixer.experts.1.up_proj{local}": tensor for local, tensor in packed.items()})
+    with pytest.raises(InputError, match=r"experts\.1\.up_proj is quantized, but NemotronHForCausalLM merges it .* cannot take apart"):
+        gptqkit.load(tmp_path)
 
 
 def test_broken_files_are_named(llama: Checkpoint, tmp_path: Path) -> None:

@@ -56,13 +56,13 @@ class Experts(nn.Module):
     which then see [0, H]: whoever watches the linears meets the same calls in the same order in every forward.
     """
 
-    def __init__(self, container: Any) -> None:
+    def __init__(self, container: Any, *, visit_all: bool) -> None:
         super().__init__()
         experts, hidden, width = container.down_proj.shape
         for index in range(experts):
             self.add_module(str(index), Expert(hidden, width, container.down_proj.dtype))
         self.num_experts = experts
-        self.visit_all = True
+        self.visit_all = visit_all
         container._parameters.clear()
         # Kept for its activation and gating rule only; no submodule, because transformers initializes the parameters of that class.
         self.__dict__["container"] = container
@@ -91,6 +91,15 @@ class Experts(nn.Module):
             start += count
         return sum_TH.to(hidden_states.dtype)
 
+    def stacked(self) -> Any:
+        """The container again, with the weights that the linears have now."""
+        container: Any = self.__dict__["container"]
+        experts: list[Any] = list(self.children())
+        gate_up = [torch.cat((expert.gate_proj.weight, expert.up_proj.weight)) for expert in experts]
+        container.gate_up_proj = nn.Parameter(torch.stack(gate_up))
+        container.down_proj = nn.Parameter(torch.stack([expert.down_proj.weight for expert in experts]))
+        return container
+
 
 def is_container(module: nn.Module) -> bool:
     """True for a module of transformers that holds experts as stacked parameters, of any kind."""
@@ -117,54 +126,74 @@ def refusal(container: Any) -> str | None:
     return None
 
 
-def replace_experts(model: nn.Module) -> list[str]:
+def replace_experts(model: nn.Module, *, visit_all: bool) -> list[str]:
     """Puts an `Experts` on meta in place of every container that can be taken apart; returns their names in the model."""
     names = [name for name, module in model.named_modules() if is_container(module) and refusal(module) is None]
     for name in names:
-        experts = Experts(model.get_submodule(name))
+        experts = Experts(model.get_submodule(name), visit_all=visit_all)
         model.set_submodule(name, experts.train(model.training))
     return names
+
+
+def conversions(transforms: Iterable[Any], model: nn.Module) -> list[Any]:
+    """transformers' rules for a model whose experts were replaced: a rule that would stack experts becomes a renaming of their linears.
+
+    Raises InputError for experts that transformers makes in a way that no renaming describes.
+    """
+    stacked = [f"{owner}.{leaf}" for owner in _replaced(model) for leaf in FUSED]
+    changed: list[Any] = []
+    for rule in transforms:
+        target = rule.target_patterns[0]
+        if isinstance(rule, WeightConverter) and any(name.endswith(target) for name in stacked):
+            changed += _renamings(rule, target)
+        else:
+            changed.append(rule)
+    return changed
 
 
 def model_names(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
     """(name in the checkpoint, name in the model, whether loading merges or splits it), by transformers' own renaming rules.
 
-    What transformers would stack is, for experts that were replaced, one linear of one expert: no merge. Raises InputError for a checkpoint
-    that stores such experts stacked.
+    Raises InputError for a checkpoint that stores stacked what the model, its experts replaced, holds one by one.
     """
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
+    rules = conversions(get_model_conversion_mapping(model), model)
+    renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = getattr(model, "base_model_prefix", None)
-    replaced = {name for name, module in model.named_modules() if isinstance(module, Experts)}
-    state: dict[str, Any] = model.state_dict()
-    known = {**state, **{f"{owner}.{leaf}": True for owner in replaced for leaf in FUSED}}
+    replaced, state = _replaced(model), model.state_dict()
     for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, prefix, known)
-        owner, _, leaf = target.rpartition(".")
-        if owner in replaced and leaf in FUSED:
-            if pattern is None:
-                raise InputError(
-                    f"tensor {name} stores the experts of {type(model).__name__} stacked; this version reads checkpoints that store each "
-                    "expert by itself (load the model with transformers and save it again: save_pretrained writes them so)"
-                )
-            plain, _ = rename_source_key(name, renamings, [], prefix, known)
-            yield name, f"{owner}.{_expert_linear(plain, leaf, pattern, converters)}.weight", False
-            continue
+        target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
+        owner, _, leaf = target.rpartition(".")
+        if leaf in FUSED and any(known == owner or known.endswith(f".{owner}") for known in replaced):
+            raise InputError(
+                f"tensor {name} stores the experts of {type(model).__name__} stacked; "
+                "this version reads checkpoints that store each expert by itself"
+            )
         yield name, target, pattern is not None
 
 
-def _expert_linear(name: str, leaf: str, pattern: str, converters: list[WeightConverter]) -> str:
-    """ "7.up_proj" of the tensor of one expert, from the rule that would have stacked it into the parameter `leaf`."""
-    rule = next(c for c in converters if pattern in c.source_patterns)
-    parts = _PARTS[leaf]
+def _replaced(model: nn.Module) -> set[str]:
+    return {name for name, module in model.named_modules() if isinstance(module, Experts)}
+
+
+def _renamings(rule: WeightConverter, target: str) -> list[WeightRenaming]:
+    """experts.*.w1.weight, experts.*.w3.weight -> experts.gate_up_proj   becomes   experts.N.w1. -> experts.N.gate_proj. and so on."""
+    before, leaf = target[: target.rindex(".") + 1], target.rpartition(".")[2]
+    parts, made = _PARTS[leaf], []
     expected = [MergeModulelist, Concatenate][: len(parts)]
-    found = re.search(pattern.replace("*.", r"(\d+)\."), name)
-    if [type(op) for op in rule.operations] != expected or len(rule.source_patterns) != len(parts) or found is None:
+    sources = [source.replace("\\", "") for source in rule.source_patterns]
+    if [type(op) for op in rule.operations] != expected or len(sources) != len(parts) or not all(s.endswith(".weight") for s in sources):
         raise InputError(
-            f"tensor {name}: transformers makes {leaf} from {', '.join(rule.source_patterns)} by "
-            f"{', '.join(type(op).__name__ for op in rule.operations)}; gptqkit knows how to read only experts that are stacked as they are"
+            f"transformers makes {leaf} from {', '.join(sources)} by {', '.join(type(op).__name__ for op in rule.operations)}; "
+            "gptqkit knows only experts that are stacked as they are"
         )
-    return f"{int(found[1])}.{parts[rule.source_patterns.index(pattern)]}"
+    for source, part in zip(sources, parts, strict=True):
+        own = f"{before}*.{part}.weight"
+        if source != own:
+            pattern = re.escape(source.removesuffix("weight")).replace(r"\*", r"(\d+)")
+            renaming = WeightRenaming(pattern, f"{before}\\1.{part}.")
+            renaming.scope_prefix, renaming.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
+            made.append(renaming)
+    return made

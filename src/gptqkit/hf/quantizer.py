@@ -10,7 +10,7 @@ What happens in one `from_pretrained` call:
                     bear transformers' own names, because it compares class names when a user passes a configuration as well.
     before loading  the model is on the meta device; modules whose packed tensors are in the checkpoint's headers are replaced, named by
                     transformers' own renaming rules; tensors that the model needs and the checkpoint lacks are an error here, where
-                    transformers would initialise them randomly and go on.
+                    transformers would initialise them randomly and go on. Stacked experts are taken apart first (experts.py).
     loading         transformers fills the Parameters by name. They are declared in the file's dtypes, so nothing is cast.
     after loading   the binding prepares the modules.
 
@@ -30,8 +30,6 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM
-from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter, WeightRenaming, rename_source_key
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -40,6 +38,7 @@ from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptqkit.core.errors import InputError
+from gptqkit.hf.experts import conversions, model_names, replace_experts
 
 PLAIN_LINEARS = ("FalconLinear",)
 """Subclasses of nn.Linear whose forward is x @ weight.T + bias, written differently."""
@@ -150,6 +149,9 @@ class Quantizer(HfQuantizer):
             raise InputError("gptqkit.enable() was undone while a model was being loaded; load it again")
         self.binding = _installed.binding
         self.dense_classes: dict[str, type[nn.Module]] = {}
+        self.experts: list[str] = []
+        self.stacking: list[Any] = []
+        self.unstacking: list[Any] = []
 
     @property
     def is_trainable(self) -> bool:
@@ -167,6 +169,8 @@ class Quantizer(HfQuantizer):
         if not checkpoint_files:
             raise InputError("a quantized model is loaded from its files; state_dict= cannot be passed with it")
         tensor_names, packed = self.binding.read(self.quantization_config.to_dict(), [str(file) for file in checkpoint_files])
+        if _stacks(model, packed):
+            self.experts = replace_experts(model, visit_all=False)
         backend = self.binding.backend(getattr(self.quantization_config, "backend", None))
         for stem, target in _linear_names(model, packed).items():
             place = _place(model, stem, target, has_bias=f"{stem}.bias" in tensor_names)
@@ -176,6 +180,14 @@ class Quantizer(HfQuantizer):
             model.set_submodule(target, module)
         _check_complete(model, tensor_names, [f"{target}." for target in self.dense_classes])
         return model
+
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
+        """Quantized experts stay apart: where transformers would stack them, each is found by a renaming instead."""
+        stock = super().update_weight_conversions(weight_conversions, model)
+        own = conversions(stock, model)
+        self.stacking = [rule for rule in stock if not _among(rule, own)]
+        self.unstacking = [rule for rule in own if not _among(rule, stock)]
+        return own
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         for module in model.modules():
@@ -195,6 +207,13 @@ class Quantizer(HfQuantizer):
             weight_OI = self.binding.dequantize(module, dtype if isinstance(dtype, torch.dtype) else None)
             dense = _dense(self.dense_classes.get(name, nn.Linear), weight_OI, getattr(module, "bias", None))
             model.set_submodule(name, _with_hook(module, dense))
+        for name in self.experts:
+            experts = model.get_submodule(name)
+            model.set_submodule(name, _with_hook(experts.get_submodule("0.down_proj"), experts.stacked()))
+        if self.experts:  # what save_pretrained undoes: from now on, transformers' own stacking again
+            kept = [rule for rule in model._weight_conversions if not _among(rule, self.unstacking)]
+            model._weight_conversions = [*kept, *self.stacking]
+            self.experts = []
         return model
 
 
@@ -270,29 +289,24 @@ def _previous(mapping: Mapping[str, Any], method: Any) -> Any:
     return _STOCK[key] if mapping[key] is _OURS[key] else mapping[key]
 
 
-def _rename(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bool]]:
-    """(checkpoint name, name in the model, whether loading merges or splits it) by transformers' own rules."""
-    transforms = get_model_conversion_mapping(model)
-    renamings = [t for t in transforms if isinstance(t, WeightRenaming)]
-    converters = [t for t in transforms if isinstance(t, WeightConverter)]
-    state = model.state_dict()
-    for name in names:
-        target, pattern = rename_source_key(name, renamings, converters, model.base_model_prefix, state)
-        if target not in state and name in state:
-            target, pattern = rename_source_key(name, [], [], model.base_model_prefix, state)
-        yield name, target, pattern is not None
+def _among(rule: Any, rules: Iterable[Any]) -> bool:
+    return any(rule is other for other in rules)
+
+
+def _stacks(model: Any, packed: Iterable[str]) -> bool:
+    """Whether loading would stack quantized linears into one parameter."""
+    return any(merged for _, _, merged in model_names(model, [f"{stem}.weight" for stem in packed]))
 
 
 def _linear_names(model: Any, packed: Mapping[str, Any]) -> dict[str, str]:
     """Checkpoint name of each quantized linear -> its name in the model. Those the model has no place for are left to the load report."""
     state = model.state_dict()
     found = {}
-    for name, target, merged in _rename(model, [f"{stem}.weight" for stem in packed]):
+    for name, target, merged in model_names(model, [f"{stem}.weight" for stem in packed]):
         stem = name.removesuffix(".weight")
         if merged:
             raise InputError(
-                f"{stem} is quantized, but {type(model).__name__} merges it with others into {target} (fused experts, usually); "
-                "gptqkit cannot load quantized experts yet"
+                f"{stem} is quantized, but {type(model).__name__} merges it with others into {target}, which gptqkit cannot take apart"
             )
         if target in state:
             found[stem] = target.removesuffix(".weight")
@@ -325,7 +339,7 @@ def _initialized() -> Tensor:
 
 def _check_complete(model: Any, tensor_names: set[str], quantized: list[str]) -> None:
     """Raises InputError for tensors of the model that no tensor of the checkpoint fills."""
-    renamed = list(_rename(model, tensor_names))
+    renamed = list(model_names(model, tensor_names))
     loaded = {target for _, target, _ in renamed}
     merges = any(merged for *_, merged in renamed)  # then a target's name is only the first of several: check the quantized linears
     ignored = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_missing or ()]

@@ -76,7 +76,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
             model = AutoModelForCausalLM.from_config(plain, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise InputError(f"{config.model_type} cannot be built as a causal language model: {str(error).splitlines()[0]}") from None
-    replace_experts(model)
+    replace_experts(model, visit_all=True)
     model.config.use_cache = False
     return model.eval().requires_grad_(False)
 
