@@ -16,6 +16,15 @@ _LLAMA = {
     "num_key_value_heads": 2,
     "vocab_size": 256,
 }
+_EXPERTS = {"num_experts": 4, "n_routed_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32, "router_aux_loss_coef": 0.0}
+_LATENT = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 32,
+    "q_lora_rank": 32,
+    "qk_nope_head_dim": 16,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 16,
+}
 _TOKENS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 
 FAMILIES: dict[str, dict[str, Any]] = {
@@ -38,6 +47,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "bloom": {"hidden_size": 64, "n_layer": 2, "n_head": 4, "vocab_size": 256},
     "falcon": {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 256},
     "stablelm": _LLAMA,
+    "qwen3_moe": {**_LLAMA, **_EXPERTS, "head_dim": 16},
+    "qwen2_moe": {**_LLAMA, **_EXPERTS, "shared_expert_intermediate_size": 64},
+    "mixtral": {**_LLAMA, "num_local_experts": 4},
+    "olmoe": {**_LLAMA, **_EXPERTS},
+    "deepseek_v3": {**_LLAMA, **_EXPERTS, **_LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
 }
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from tests.tiny import FAMILIES, tiny_config
@@ -9,10 +11,11 @@ from transformers import AutoConfig
 
 from gptqkit.core.errors import InputError
 from gptqkit.hf.skeleton import build_skeleton
-from gptqkit.models.layout import discover
+from gptqkit.models.layout import ONE_OUTPUT, ROUTER, discover
 
 _SPLIT = "q_proj k_proj v_proj | o_proj | gate_proj up_proj | down_proj"
-STRUCTURE = {
+EXPERTS = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3")
+STRUCTURE: dict[str, tuple[str, str | tuple[str, str]]] = {
     "llama": ("model.layers", _SPLIT),
     "qwen2": ("model.layers", _SPLIT),
     "qwen3": ("model.layers", _SPLIT),
@@ -24,19 +27,36 @@ STRUCTURE = {
     "gpt2": ("transformer.h", "c_attn | c_proj | c_fc | c_proj"),
     "gpt_neox": ("gpt_neox.layers", "query_key_value | dense | dense_h_to_4h | dense_4h_to_h"),
     "bloom": ("transformer.h", "query_key_value | dense | dense_h_to_4h | dense_4h_to_h"),
+    "qwen3_moe": ("model.layers", _SPLIT),
+    "qwen2_moe": ("model.layers", "q_proj k_proj v_proj | o_proj | gate_proj up_proj | down_proj | gate_proj up_proj | down_proj"),
+    "mixtral": ("model.layers", _SPLIT),
+    "olmoe": ("model.layers", _SPLIT),
+    "deepseek_v3": (
+        "model.layers",
+        (
+            "q_a_proj kv_a_proj_with_mqa | q_b_proj | kv_b_proj | o_proj | gate_proj up_proj | down_proj",
+            "q_a_proj kv_a_proj_with_mqa | q_b_proj | kv_b_proj | o_proj | gate_proj up_proj | down_proj | gate_proj up_proj | down_proj",
+        ),
+    ),
     "falcon": ("transformer.h", "query_key_value dense_h_to_4h | dense | dense_4h_to_h"),
 }
 
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_blocks_and_input_groups(family: str) -> None:
+    """Of experts, the first stands for all."""
     layout = discover(build_skeleton(tiny_config(family), torch.float32))
     path, groups = STRUCTURE[family]
     assert layout.path == path
     assert len(layout.blocks) == 2
-    for block in layout.blocks:
-        found = " | ".join(" ".join(linear.name.rpartition(".")[2] for linear in group.linears) for group in block)
-        assert found == groups
+    for block, expected in zip(layout.blocks, groups if isinstance(groups, tuple) else (groups, groups), strict=True):
+        first = [group for group in block if not re.search(r"experts\.[1-9]", group.linears[0].name)]
+        found = " | ".join(" ".join(linear.name.rpartition(".")[2] for linear in group.linears) for group in first)
+        assert found == expected
+        if family in EXPERTS:
+            experts = [group for group in block if ".experts." in group.linears[0].name]
+            assert len(experts) in (0, 2 * 4), "one group for gate and up and one for down of each expert, tokens or not"
+            assert all(len({linear.name.split(".")[2] for linear in group.linears}) == 1 for group in experts)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -56,12 +76,20 @@ def test_conv1d_is_transposed_and_linear_is_not() -> None:
     assert not any(x.transposed or x.bias for group in llama.blocks[0] for x in group.linears)
 
 
-def test_fused_experts_are_refused_by_name() -> None:
+@pytest.mark.parametrize("family", EXPERTS)
+def test_routers_and_single_outputs_stay_as_they_are(family: str) -> None:
+    layout = discover(build_skeleton(tiny_config(family), torch.float32))
+    reasons = {kept.name: kept.reason for kept in layout.kept if kept.name.startswith("model.layers.1.mlp.")}
+    assert reasons.pop("model.layers.1.mlp.gate.weight") == ROUTER
+    assert reasons == ({"model.layers.1.mlp.shared_expert_gate.weight": ONE_OUTPUT} if family == "qwen2_moe" else {})
+
+
+def test_experts_that_cannot_be_taken_apart_are_refused_by_name() -> None:
     config = AutoConfig.for_model(
-        "qwen3_moe", hidden_size=64, intermediate_size=128, moe_intermediate_size=32, num_experts=4, num_experts_per_tok=2,
-        num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=256,
+        "gpt_oss", hidden_size=64, intermediate_size=64, num_local_experts=4, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=16, vocab_size=256,
     )  # fmt: skip
     with pytest.raises(
-        InputError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj .* neither a Linear nor a Conv1D.*dense models only"
+        InputError, match=r"model\.layers\.0\.mlp\.experts\.gate_up_proj .* its experts are stored \[in, out\]\); quantizing"
     ):
         discover(build_skeleton(config, torch.float32))

@@ -28,6 +28,9 @@ LINEAR_OUTSIDE = "linear outside the blocks"
 
 ROUTER = "router"
 """The reason of a kept weight that decides which experts a token goes to."""
+ONE_OUTPUT = "linear of one output"
+UNQUANTIZED_LINEARS = (ROUTER, ONE_OUTPUT)
+"""Reasons of kept weights that engines hold as linears: the written configuration has to name them."""
 ROUTERS = ("gate", "router")
 """What routers are called beside `experts`."""
 
@@ -217,7 +220,7 @@ def full_precision(block: nn.Module, linear: str) -> str | None:
     if _below_router(block, linear):
         return ROUTER
     if linear_info(linear, block.get_submodule(linear)).out_features == 1:
-        return "gate of one output"
+        return ONE_OUTPUT
     return None
 
 
