@@ -22,7 +22,7 @@ import pytest
 import typer.main
 
 import gptqkit
-from gptqkit.cli.main import VERBS, build
+from gptqkit.cli.main import GROUPS, VERBS, build
 
 ROOT = Path(__file__).parent.parent
 SOURCES = ROOT / "src" / "gptqkit"
@@ -37,7 +37,7 @@ LONG_FUNCTIONS: frozenset[str] = frozenset()
 
 def surface() -> dict[str, Any]:
     """The public names with their signatures, and the options of every verb."""
-    commands = typer.main.get_command(build()).commands  # type: ignore[attr-defined]
+    root: Any = typer.main.get_command(build())
     names: dict[str, Any] = {}
     for name in sorted(gptqkit.__all__):
         value = getattr(import_module(gptqkit._ORIGIN[name]), name)
@@ -50,11 +50,18 @@ def surface() -> dict[str, Any]:
     options = {
         verb: [
             "/".join([*param.opts, *param.secondary_opts]) if param.param_type_name == "option" else param.name.upper()
-            for param in commands[verb].params
+            for param in command(root, verb).params
         ]
         for verb in VERBS
     }
     return {"python": names, "command line": options}
+
+
+def command(root: Any, verb: str) -> Any:
+    """What is run by a verb of one word or two."""
+    for word in verb.split():
+        root = root.commands[word]
+    return root
 
 
 @pytest.mark.parametrize("part", ["python", "command line"])
@@ -118,7 +125,7 @@ def test_using_a_config_needs_no_torch() -> None:
 
 @pytest.mark.parametrize("verb", ["", *VERBS])
 def test_help_loads_nothing_heavy(verb: str) -> None:
-    found = watched(f"from gptqkit.cli.main import run; assert run({[*filter(None, [verb]), '--help']!r}) == 0")
+    found = watched(f"from gptqkit.cli.main import run; assert run({[*verb.split(), '--help']!r}) == 0")
     assert "torch" not in found["heavy"]
     assert "transformers" not in found["heavy"]
 
@@ -192,9 +199,10 @@ def test_readme_commands_are_spelled_as_the_parser_knows_them() -> None:
         lines = "\n".join(code_blocks(document, "(?:bash|sh|console)")).replace("\\\n", " ").splitlines()
         for words in (line.split("#")[0].split() for line in lines if line.lstrip("$ ").startswith("gptqkit ")):
             words = words[1:] if words[0] == "$" else words
-            assert words[1] in {*VERBS, "--version", "--help"}, f"{document.name}: no verb {words[1]}"
-            unknown = {w for w in words[2:] if w.startswith("--")} - options.get(words[1], set()) - {"--help"}
-            assert not unknown, f"{document.name}: gptqkit {words[1]} takes no {unknown}"
+            verb = " ".join(words[1:3]) if words[1] in GROUPS else words[1]
+            assert verb in {*VERBS, "--version", "--help"}, f"{document.name}: no verb {verb}"
+            unknown = {w for w in words[2:] if w.startswith("--")} - options.get(verb, set()) - {"--help"}
+            assert not unknown, f"{document.name}: gptqkit {verb} takes no {unknown}"
             seen += 1
     assert seen > 5
 

@@ -13,7 +13,6 @@ from gptqkit.cli.options import Debug, Device, Json, Model
 from gptqkit.cli.output import Answer, table, to_json
 from gptqkit.cli.progress import Progress
 from gptqkit.core.errors import InputError
-from gptqkit.core.events import Event
 
 
 @guard
@@ -61,8 +60,6 @@ def quality(
             seeds=_numbers("--seeds", seeds), calibration=calibration, samples=samples, seqlen=seqlen, texts=[Path(t) for t in text or []],
             windows=windows, threads=threads, again=again or [], keep=keep, device=device, emit=emit,
         )  # fmt: skip
-        for problem in data["problems"]:
-            emit(Event("note", problem))
     return Answer(data, describe_quality(data, out))
 
 

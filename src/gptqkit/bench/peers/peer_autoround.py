@@ -25,9 +25,9 @@ def main(model: str, out: str, ids: str, bits: str, group_size: str, seed: str, 
         batch_size=BATCH, seed=int(seed), device_map=device,
     )  # fmt: skip
     tuned.quantize_and_save(out, format="auto_gptq")
-    for config in Path(out).glob("*/config.json"):  # it may write into a folder of its own below
-        for file in config.parent.iterdir():
-            shutil.move(file, Path(out) / file.name)
+    for config in list(Path(out).glob("*/config.json")):  # it writes into a folder of its own below
+        shutil.copytree(config.parent, out, dirs_exist_ok=True)
+        shutil.rmtree(config.parent)
 
 
 if __name__ == "__main__":
