@@ -28,6 +28,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import gptqkit.bench.peers
+
 PEER = "llmcompressor==0.14.0.1"
 TORCH = "torch==2.13.0"  # installed first: the CPU build, the same as gptqkit's own
 VERSIONS = ("torch", "transformers", "compressed-tensors", "llmcompressor")
@@ -50,10 +52,13 @@ def main() -> None:
     ids_file = work / "ids.json"
     ids_file.write_text(json.dumps(calibration_ids(options)), encoding="utf-8")
     outs = {"gptqkit": work / "out-gptqkit", "llm-compressor": work / "out-llmcompressor"}
-    peer = [str(peer_python), str(Path(__file__).with_name("llmcompressor_gptq.py")), options.model]
+    driver = Path(gptqkit.bench.peers.__file__).with_name("peer_llmcompressor.py")
     commands = {
         "gptqkit": gptqkit_command(options, outs["gptqkit"]),
-        "llm-compressor": [*peer, str(outs["llm-compressor"]), str(ids_file)],
+        "llm-compressor": [
+            *(str(peer_python), str(driver), options.model, str(outs["llm-compressor"]), str(ids_file)),
+            *("4", "128", str(options.seed), "cpu"),
+        ],
     }
     costs: dict[str, list[Cost]] = {name: [] for name in commands}
     for run in range(options.runs):
