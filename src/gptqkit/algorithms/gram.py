@@ -36,6 +36,7 @@ class Gram:
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
         self.tokens = 0
+        self._blended = 0.0
         self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
     def add(self, x_MI: Tensor) -> None:
@@ -45,6 +46,11 @@ class Gram:
         step = _CUDA_TOKENS if x_MI.is_cuda else _CPU_TOKENS
         for start in range(0, x_MI.shape[0], step):
             self._add_step(x_MI[start : start + step])
+
+    def blend(self, other: Gram, tokens: float) -> None:
+        """Adds another Gram's mean as if it came from so many tokens; `tokens` of this one goes on counting what was really seen here."""
+        self._blended += tokens
+        self._sum_II.add_(other._sum_II, alpha=tokens / max(other.tokens, 1))
 
     def _add_step(self, x_MI: Tensor) -> None:
         native = x_MI.is_cuda and x_MI.dtype in (torch.bfloat16, torch.float16)  # CUDA multiplies halves into a float32 result
@@ -70,7 +76,7 @@ class Gram:
             corner_BB = mean_II[start:stop, start:stop].triu()
             mean_II[start:stop, start:stop] = corner_BB + corner_BB.triu(1).T
             mean_II[stop:, start:stop] = mean_II[start:stop, stop:].T
-        return mean_II.div_(max(self.tokens, 1))
+        return mean_II.div_(max(self.tokens + self._blended, 1))
 
 
 class CrossGram:

@@ -31,6 +31,7 @@ from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
 from gptqkit.pipeline.capture import BlockPass, Reference
+from gptqkit.pipeline.coverage import Coverage
 from gptqkit.pipeline.journal import Journal
 from gptqkit.pipeline.plan import BATCH_TOKENS, Plan, linear_name
 
@@ -185,9 +186,10 @@ def _second_stream(stream: Stream, hidden: Activations) -> Activations:
 
 def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int) -> list[LinearRecord]:
     """One block: every group solved in order of use, its shard written and journalled, `whole.hidden` advanced."""
-    worker = _BlockWorker(stream, index, whole.block, tokens)
+    worker = _BlockWorker(stream, index, whole.block, Coverage(whole.block, len(whole.calls), tokens))
     if whole.calls:
-        whole.run(paused=stream.plan.memory.paused, on_input=worker.see, on_group=worker.solve)
+        with worker.coverage:
+            whole.run(paused=stream.plan.memory.paused, on_input=worker.see, on_group=worker.solve)
     else:
         for group in range(len(whole.groups)):
             worker.solve(group)
@@ -202,11 +204,11 @@ def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int) -
 class _BlockWorker:
     """Accumulates the Gram matrix of each group as its inputs arrive, then solves its linears and puts them into the block."""
 
-    def __init__(self, stream: Stream, index: int, block: nn.Module, tokens: int) -> None:
+    def __init__(self, stream: Stream, index: int, block: nn.Module, coverage: Coverage) -> None:
         self.stream = stream
         self.index = index
         self.block = block
-        self.tokens = tokens
+        self.coverage = coverage
         self.gram: Gram | None = None
         self.cross: CrossGram | None = None
         self.tensors: dict[str, Tensor] = {}
@@ -233,6 +235,7 @@ class _BlockWorker:
         gram, self.gram, cross, self.cross = self.gram, None, self.cross, None
         if not chosen:
             return
+        seen, notes = (0, ()) if gram is None else (gram.tokens, self.coverage.complete(self._group(group), gram))
         weights_OI = [self._weight(info) for info, _, _ in chosen]
         specs = [spec for _, _, spec in chosen]
         if gram is None:
@@ -251,13 +254,13 @@ class _BlockWorker:
                 cross_II=None if cross is None else cross.finish(),
             )
             results = [
-                (s.weight, dict(method=s.method, error=s.error, weight_change=s.weight_change, damp=s.damp, events=s.events))
+                (s.weight, dict(method=s.method, error=s.error, weight_change=s.weight_change, damp=s.damp, events=(*notes, *s.events)))
                 for s in solutions
             ]
         seconds = (time.perf_counter() - started) / len(chosen)
         for (info, name, spec), (weight, facts) in zip(chosen, results, strict=True):
             shape = (info.out_features, info.in_features)
-            record = LinearRecord(name, shape, spec.bits, spec.group_size, spec.sym, tokens=self.tokens, seconds=seconds, **facts)
+            record = LinearRecord(name, shape, spec.bits, spec.group_size, spec.sym, tokens=seen, seconds=seconds, **facts)
             self._keep(info, weight, record)
 
     def _keep(self, info: LinearInfo, weight: QuantizedWeight, record: LinearRecord) -> None:
