@@ -96,6 +96,16 @@ def split_units(facts: Facts) -> str | None:
     return None
 
 
+def _split_experts(facts: Facts) -> str | None:
+    layers: dict[str, set[LinearSpec | None]] = {}
+    for name in (*facts.specs, *facts.dense):
+        layer, experts, _ = name.partition(".experts.")
+        if experts:
+            layers.setdefault(layer, set()).add(facts.specs.get(name))
+    split = next((layer for layer, specs in layers.items() if len(specs) > 1), None)
+    return None if split is None else f"all experts of a layer are one tensor there and must have one spec; those of {split} differ"
+
+
 def _values(facts: Facts, field: str) -> list[Any]:
     return sorted({getattr(spec, field) for spec in facts.distinct})
 
@@ -155,10 +165,6 @@ def _stock_asymmetric(facts: Facts) -> str | None:
     return "asymmetric compressed-tensors load only with CompressedTensorsConfig(dequantize=True)"
 
 
-def _own_experts(facts: Facts) -> str | None:
-    return "mixture-of-experts checkpoints were not tried" if facts.experts else None
-
-
 def _mlx(facts: Facts) -> str | None:
     if facts.gptq:
         return "it reads gptq tensors in the layout of AWQ and raises on g_idx"
@@ -166,6 +172,7 @@ def _mlx(facts: Facts) -> str | None:
 
 
 _SPLIT = Rule("one spec per fused unit", "vLLM: 'Detected some but not all shards ... are quantized'", split_units)
+_EXPERTS = Rule("one spec for all experts", "vllm compressed_tensors_moe.py: 'All MoE projections need to have same ...'", _split_experts)
 
 ENGINES: Mapping[str, tuple[Rule, ...]] = {
     "vLLM 0.33": (
@@ -174,14 +181,16 @@ ENGINES: Mapping[str, tuple[Rule, ...]] = {
         Rule("no desc_act", "vllm gptq_utils.py: normalize_and_validate_gptq_desc_act", _no_desc_act),
         Rule("g_idx is dropped", "vllm base_config.py: get_checkpoint_weight_mapper", _ignores_g_idx),
         _SPLIT,
+        _EXPERTS,
     ),
     "SGLang 0.5.23": (
         Rule("no g_idx in compressed-tensors", "compressed-tensors quant_args.py: GROUP removed 2026-08-27", _no_compressed_g_idx),
         Rule("gptq experts", "sglang moe_wna16", _moe_needs_symmetric),
         Rule("compressed-tensors widths", "not tried", _sglang_compressed, certain=False),
         _SPLIT,
+        _EXPERTS,
     ),
-    "transformers with gptqkit": (Rule("experts", "not tried", _own_experts, certain=False),),
+    "transformers with gptqkit": (),
     "transformers with optimum and gptqmodel, or compressed-tensors": (
         Rule("experts", "measured: transformers 5.23, optimum 2.3, gptqmodel 7.7", _stock_experts),
         Rule("exceptions", "optimum gptq/quantizer.py: convert_model", _stock_exceptions),

@@ -27,7 +27,7 @@ from gptqkit.evaluation.perplexity import Evaluation, compare
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import transformers_version
 from gptqkit.models.device import MemoryMeter
-from gptqkit.models.layout import LINEAR_OUTSIDE
+from gptqkit.models.layout import LINEAR_OUTSIDE, UNQUANTIZED_LINEARS
 from gptqkit.models.weights import open_weights
 from gptqkit.pipeline.card import model_card
 from gptqkit.pipeline.journal import FOLDER, Journal
@@ -202,7 +202,8 @@ def _finish_checkpoint(stream: Stream, prepared: Prepared, records: list[LinearR
         write_index(folder, files, total)
     copy_side_files(prepared.folder, folder)
     specs = {record.name: LinearSpec(record.bits, record.group_size, record.sym) for record in records}
-    skipped = [tensor.name.removesuffix(".weight") for tensor in prepared.plan.skipped]
+    unquantized = [tensor for tensor in prepared.plan.kept if tensor.reason in UNQUANTIZED_LINEARS and tensor.name.endswith(".weight")]
+    skipped = [tensor.name.removesuffix(".weight") for tensor in (*prepared.plan.skipped, *unquantized)]
     config = stream.config
     details = {
         "damp_percent": config.damp,
