@@ -34,7 +34,7 @@ def run(folder: Path, *, paused: bool) -> tuple[list[tuple[int, torch.Tensor]], 
                         block.get_submodule(linear.name).weight.data.mul_(1.1)
 
                 whole = BlockPass(block, groups, [calls.get(b, index) for b in range(3)], hidden)
-                whole.run(paused=paused, on_input=lambda group, x: seen.append((group, x.clone())), on_group=solve)
+                whole.run(paused=paused, on_input=lambda group, x, original: seen.append((group, x.clone())), on_group=solve)
     return seen, [hidden[b] for b in range(3)]
 
 
