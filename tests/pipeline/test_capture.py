@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -11,30 +12,42 @@ from tests.tiny import FAMILIES, save_tiny, token_ids
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
-from gptqkit.pipeline.capture import BlockPass
+from gptqkit.pipeline.capture import BlockPass, Reading, Reference, _aligned
 
 CPU = torch.device("cpu")
 
 
-def run(folder: Path, *, paused: bool) -> tuple[list[tuple[int, torch.Tensor]], list[torch.Tensor]]:
+Seen = tuple[int, torch.Tensor, torch.Tensor | None]
+
+
+def run(folder: Path, *, paused: bool, reference: bool = False, factor: float = 1.1) -> tuple[list[Seen], list[torch.Tensor]]:
     """What every group saw and what came out, with each linear perturbed once its group was seen (as quantizing does)."""
     model = StreamedModel.open(folder, device=CPU, dtype=torch.float32)
     batches = [torch.tensor(token_ids(2, 16, seed=seed)) for seed in range(3)]
     calls, hidden = CallStore(), Activations(3, device=CPU, place=CPU)
-    seen: list[tuple[int, torch.Tensor]] = []
+    original = hidden.sibling("original") if reference else None
+    seen: list[Seen] = []
+
+    def see(group: int, x: torch.Tensor, other: torch.Tensor | None) -> None:
+        seen.append((group, x.clone(), None if other is None else other.clone()))
+
     with torch.inference_mode():
         with model.loaded_outside():
             for number, ids in enumerate(batches):
                 hidden[number] = model.embed(ids, number, calls)
+                if original is not None:
+                    original[number] = hidden[number]
         for index, groups in enumerate(model.layout.blocks):
             with model.loaded_block(index) as block:
 
                 def solve(group: int, block: torch.nn.Module = block, groups: tuple = groups) -> None:
                     for linear in groups[group].linears:
-                        block.get_submodule(linear.name).weight.data.mul_(1.1)
+                        block.get_submodule(linear.name).weight.data.mul_(factor)
 
-                whole = BlockPass(block, groups, [calls.get(b, index) for b in range(3)], hidden)
-                whole.run(paused=paused, on_input=lambda group, x, original: seen.append((group, x.clone())), on_group=solve)
+                beside = None if original is None else Reference(copy.deepcopy(block), original)
+                BlockPass(block, groups, [calls.get(b, index) for b in range(3)], hidden, reference=beside).run(
+                    paused=paused, on_input=see, on_group=solve
+                )
     return seen, [hidden[b] for b in range(3)]
 
 
@@ -44,10 +57,38 @@ def test_paused_equals_replayed(family: str, tmp_path: Path) -> None:
     seen_paused, out_paused = run(folder, paused=True)
     seen_replayed, out_replayed = run(folder, paused=False)
     assert len(seen_paused) == len(seen_replayed) > 0
-    for (group, x), (other_group, other_x) in zip(seen_paused, seen_replayed, strict=True):
+    assert_same(seen_paused, seen_replayed)
+    assert all(torch.equal(a, b) for a, b in zip(out_paused, out_replayed, strict=True))
+
+
+def assert_same(one: list[Seen], other: list[Seen]) -> None:
+    for (group, x, original), (other_group, other_x, other_original) in zip(one, other, strict=True):
         assert group == other_group
         assert torch.equal(x, other_x)
-    assert all(torch.equal(a, b) for a, b in zip(out_paused, out_replayed, strict=True))
+        assert (original is None) == (other_original is None)
+        assert original is None or torch.equal(original, other_original)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3_moe", "qwen2_moe"])
+def test_a_reference_beside_reads_the_same_tokens(family: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", family, num_hidden_layers=1)
+    unchanged, _ = run(folder, paused=True, reference=True, factor=1.0)
+    assert all(torch.equal(x, original) for _, x, original in unchanged)
+    paused, _ = run(folder, paused=True, reference=True)
+    replayed, _ = run(folder, paused=False, reference=True)
+    assert_same(paused, replayed)
+    alone, _ = run(folder, paused=True)
+    assert all(torch.equal(x, other) for (_, x, _), (_, other, _) in zip(paused, alone, strict=True))
+    assert all(x.shape == original.shape for _, x, original in paused)
+
+
+def test_tokens_that_a_router_sends_elsewhere_stand_for_themselves() -> None:
+    own = Reading(torch.tensor([[1.0], [2.0], [3.0]]), torch.tensor([2, 5, 9]))
+    reference = Reading(torch.tensor([[10.0], [20.0], [30.0]]), torch.tensor([1, 5, 9]))
+    assert _aligned(own, reference).tolist() == [[1.0], [20.0], [30.0]]
+    nobody = Reading(torch.zeros(0, 1), torch.tensor([], dtype=torch.long))
+    assert _aligned(own, nobody).tolist() == own.x.tolist()
+    assert _aligned(nobody, own).shape == (0, 1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -52,6 +52,10 @@ class Gram:
         self._blended += tokens
         self._sum_II.add_(other._sum_II, alpha=tokens / max(other.tokens, 1))
 
+    def symmetric(self) -> Tensor:
+        """The sum so far, [I, I], both halves of it."""
+        return self._sum_II.triu() + self._sum_II.triu(1).T
+
     def _add_step(self, x_MI: Tensor) -> None:
         native = x_MI.is_cuda and x_MI.dtype in (torch.bfloat16, torch.float16)  # CUDA multiplies halves into a float32 result
         lossless = x_MI.dtype == torch.bfloat16
@@ -90,6 +94,7 @@ class CrossGram:
 
     def __init__(self, in_features: int, device: torch.device | str) -> None:
         self.tokens = 0
+        self._blended = 0.0
         self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
     def add(self, x_MI: Tensor, original_MI: Tensor) -> None:
@@ -106,7 +111,12 @@ class CrossGram:
                 else:
                     self._sum_II.addmm_(left_MI.float().T, right_MI.float())
 
+    def blend(self, both: Gram, tokens: float) -> None:
+        """Adds the mean of a Gram, taken to be the same in both streams, as if it came from so many tokens."""
+        self._blended += tokens
+        self._sum_II.add_(both.symmetric(), alpha=tokens / max(both.tokens, 1))
+
     def finish(self) -> Tensor:
         """The mean [I, I]: row an input of the quantized stream, column one of the original. Nothing can be added afterwards."""
         mean_II, self._sum_II = self._sum_II, self._sum_II.new_empty(0, 0)
-        return mean_II.div_(max(self.tokens, 1))
+        return mean_II.div_(max(self.tokens + self._blended, 1))

@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -30,6 +32,9 @@ FUSED = ("gate_up_proj", "down_proj")
 """The stacked parameters of a container, by transformers' names."""
 _PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
 """Stacked parameter -> the linears it is made of, in the order in which transformers concatenates them."""
+
+ROUTED: ContextVar[Tensor | None] = ContextVar("ROUTED", default=None)
+"""While an expert of a module with `visit_all` runs: which tokens its rows are, ascending."""
 
 
 class Expert(nn.Module):
@@ -80,16 +85,25 @@ class Experts(nn.Module):
         counts = torch.bincount(expert_S, minlength=self.num_experts)[: self.num_experts].tolist()
         wide = torch.promote_types(hidden_states.dtype, torch.float32)
         sum_TH = torch.zeros_like(hidden_states, dtype=wide)
-        start = 0
-        for expert, count in zip(self.children(), counts, strict=True):
-            if count or self.visit_all:
-                slots_M = by_expert_S[start : start + count]
+        for expert, slots_M in zip(self.children(), by_expert_S[: sum(counts)].split(counts), strict=True):
+            if slots_M.numel() or self.visit_all:
                 tokens_M = slots_M // top_k
-                y_MH = expert(hidden_states[tokens_M], self.combine)
+                with self._announced(tokens_M):
+                    y_MH = expert(hidden_states[tokens_M], self.combine)
                 # A token goes to an expert once, so no two rows of one call land on the same token: deterministic on a GPU too.
                 sum_TH.index_add_(0, tokens_M, y_MH.to(wide) * weight_S[slots_M, None])
-            start += count
         return sum_TH.to(hidden_states.dtype)
+
+    @contextmanager
+    def _announced(self, tokens_M: Tensor) -> Iterator[None]:
+        if not self.visit_all:
+            yield
+            return
+        before = ROUTED.set(tokens_M)
+        try:
+            yield
+        finally:
+            ROUTED.reset(before)
 
     def stacked(self) -> Any:
         """The container again, with the weights that the linears have now."""

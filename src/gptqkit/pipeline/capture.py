@@ -21,18 +21,28 @@ from dataclasses import dataclass
 from typing import Any
 
 import greenlet
+import torch
 from torch import Tensor, nn
 
 from gptqkit.core.errors import InputError
+from gptqkit.hf.experts import ROUTED
 from gptqkit.models.attention import WideAttention
 from gptqkit.models.layout import InputGroup
 from gptqkit.models.standin import Call, StopForward
 from gptqkit.pipeline.activations import Activations
 
 OnInput = Callable[[int, Tensor, Tensor | None], None]
-"""(group index, what its linears read for one batch, and what they would read in the original model if a reference runs beside)."""
+"""(group index, what its linears read for one batch, and if a reference runs beside, what they read there: the same tokens row by row)."""
 OnGroup = Callable[[int], None]
 """All batches of a group were seen: solve it and put the quantized weights into the block."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """What a linear reads; `tokens_M` says which tokens the rows are where a router chose them."""
+
+    x: Tensor
+    tokens_M: Tensor | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,8 +89,7 @@ class BlockPass:
                 for flights in streams:
                     flights.advance(index)
                 for batch in range(len(self.calls)):
-                    inputs = [flights.arrivals[batch] for flights in streams]
-                    on_input(index, inputs[0], inputs[1] if len(inputs) > 1 else None)
+                    _offer(on_input, index, [flights.arrivals[batch] for flights in streams])
                 for flights in streams:
                     flights.arrivals.clear()
                 on_group(index)
@@ -95,18 +104,18 @@ class BlockPass:
         for index, group in enumerate(self.groups):
             for batch, call in enumerate(self.calls):
                 seen = [self._inputs(index, group.revisited, block, call, hidden[batch]) for block, hidden in self._streams()]
-                for visit, x in enumerate(seen[0]):
-                    on_input(index, x, seen[1][visit] if len(seen) > 1 else None)
+                for readings in zip(*seen, strict=True):
+                    _offer(on_input, index, readings)
             on_group(index)
         if not self.last:
             self.propagate()
 
-    def _inputs(self, index: int, revisited: bool, block: nn.Module, call: Call, hidden_BTH: Tensor) -> list[Tensor]:
+    def _inputs(self, index: int, revisited: bool, block: nn.Module, call: Call, hidden_BTH: Tensor) -> list[Reading]:
         """What the group reads in one forward, which ends there unless the group is visited again."""
-        seen: list[Tensor] = []
+        seen: list[Reading] = []
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            seen.append(_input_of(inputs, named))
+            seen.append(_reading(inputs, named))
             if not revisited:
                 raise StopForward
 
@@ -127,7 +136,7 @@ class _Flights:
     """The forwards of one block over all batches, each paused at the first linear of a group."""
 
     def __init__(self, block: nn.Module, groups: Sequence[InputGroup], calls: Sequence[Call], hidden: Activations) -> None:
-        self.arrivals: list[Tensor] = []
+        self.arrivals: list[Reading] = []
         self._block = block
         self._hidden = hidden
         self._main = greenlet.getcurrent()
@@ -167,7 +176,7 @@ class _Flights:
     def _pause(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if index > self._reached:
-                self._main.switch((index, _input_of(inputs, named)))
+                self._main.switch((index, _reading(inputs, named)))
 
         return hook
 
@@ -177,5 +186,26 @@ def _leader(block: nn.Module, group: InputGroup) -> nn.Module:
     return block.get_submodule(group.linears[0].name)
 
 
-def _input_of(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
-    return inputs[0] if inputs else next(iter(named.values()))
+def _reading(inputs: tuple[Any, ...], named: dict[str, Any]) -> Reading:
+    return Reading(inputs[0] if inputs else next(iter(named.values())), ROUTED.get())
+
+
+def _offer(on_input: OnInput, index: int, readings: Sequence[Reading]) -> None:
+    own, *reference = readings
+    on_input(index, own.x, _aligned(own, reference[0]) if reference else None)
+
+
+def _aligned(own: Reading, reference: Reading) -> Tensor:
+    """What the reference reads for the tokens of `own`, row by row.
+
+    A router may send a token elsewhere in the two streams (3 % of them at 3 bits, 6 % at 2). Such a token has no counterpart to follow, so
+    its own row stands for it. Tokens are in ascending order in both.
+    """
+    if own.tokens_M is None or reference.tokens_M is None:
+        return reference.x
+    aligned_MI = own.x.clone()
+    if own.tokens_M.numel() and reference.tokens_M.numel():
+        at_M = torch.searchsorted(reference.tokens_M, own.tokens_M).clamp(max=reference.tokens_M.numel() - 1)
+        both_M = reference.tokens_M[at_M] == own.tokens_M
+        aligned_MI[both_M] = reference.x[at_M[both_M]]
+    return aligned_MI

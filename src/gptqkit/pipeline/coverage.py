@@ -26,7 +26,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from gptqkit.algorithms.gram import Gram
+from gptqkit.algorithms.gram import CrossGram, Gram
 from gptqkit.hf.experts import Expert, Experts
 from gptqkit.models.layout import InputGroup
 
@@ -64,7 +64,7 @@ class Coverage:
         for hook in self._hooks:
             hook.remove()
 
-    def complete(self, group: InputGroup, gram: Gram) -> tuple[str, ...]:
+    def complete(self, group: InputGroup, gram: Gram, cross: CrossGram | None) -> tuple[str, ...]:
         """Adds tokens of the layer to the Gram matrix of an expert that saw too few. Says so where they were fewer than its features.
 
         To be called when all batches were seen and before anything of the group is replaced.
@@ -76,6 +76,8 @@ class Coverage:
         sample = self._sample_gram(owner, names[-2], names[-1], needed)
         reached = gram.tokens
         gram.blend(sample, PRIOR * needed)
+        if cross is not None:
+            cross.blend(sample, PRIOR * needed)
         if reached >= needed:
             return ()
         return (

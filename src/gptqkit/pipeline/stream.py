@@ -218,14 +218,10 @@ class _BlockWorker:
     def see(self, group: int, x: Tensor, original: Tensor | None) -> None:
         if self.gram is None:
             self.gram = Gram(self._group(group).in_features, self.stream.model.device)
-            self.cross = None if original is None or self._routed(group) else CrossGram(x.shape[-1], self.stream.model.device)
+            self.cross = None if original is None else CrossGram(x.shape[-1], self.stream.model.device)
         self.gram.add(x)
         if self.cross is not None and original is not None:
             self.cross.add(x, original)
-
-    def _routed(self, group: int) -> bool:
-        """True for linears of experts: which tokens they read is decided by a router, and differently in the two streams."""
-        return ".experts." in self._group(group).linears[0].name
 
     def solve(self, group: int) -> None:
         started = time.perf_counter()
@@ -235,7 +231,7 @@ class _BlockWorker:
         gram, self.gram, cross, self.cross = self.gram, None, self.cross, None
         if not chosen:
             return
-        seen, notes = (0, ()) if gram is None else (gram.tokens, self.coverage.complete(self._group(group), gram))
+        seen, notes = (0, ()) if gram is None else (gram.tokens, self.coverage.complete(self._group(group), gram, cross))
         weights_OI = [self._weight(info) for info, _, _ in chosen]
         specs = [spec for _, _, spec in chosen]
         if gram is None:
