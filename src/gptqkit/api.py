@@ -12,6 +12,7 @@ from gptqkit.core.events import Emit, silent
 if TYPE_CHECKING:
     from gptqkit.checkpoint.convert import Conversion
     from gptqkit.checkpoint.inspect import Inspection
+    from gptqkit.core.recipe import RecipeUse
     from gptqkit.evaluation.perplexity import Evaluation
     from gptqkit.evaluation.verify import Verification
     from gptqkit.pipeline.plan import Plan
@@ -37,6 +38,7 @@ def quantize(
     overwrite: bool = False,
     strict: bool = False,
     trust_remote_code: bool = False,
+    recipe: RecipeUse | None = None,
     emit: Emit = silent,
 ) -> Run:
     """Quantizes `model` (a folder or a hub id) into the folder `out` and checks what was written.
@@ -47,6 +49,7 @@ def quantize(
     memory             bytes the activations may take in memory before they go to disk; None: half of what is available
     resume, overwrite  what to do when `out` holds an unfinished run, or anything else
     strict             leaving any linear unquantized without a rule that says so is an error
+    recipe             for the record only: the recipe that the options were taken from (`QuantConfig.from_recipe` reads one)
 
     Returns the run's record: errors per linear, sizes, times, peaks, and the numeric check. Raises InputError (bad input; before
     any long work), ResourceError (memory or disk; resumable), CheckFailed (`strict`, or the written checkpoint does not read back).
@@ -60,6 +63,7 @@ def quantize(
     job = Job(
         model=str(model), out=Path(out), config=config or QuantConfig(), calibration=calibration, samples=samples, seqlen=seqlen, seed=seed,
         device=device, dtype=dtype, memory=memory, resume=resume, overwrite=overwrite, strict=strict, trust_remote_code=trust_remote_code,
+        recipe=recipe,
     )  # fmt: skip
     return run_job(job, emit)
 

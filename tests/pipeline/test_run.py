@@ -47,7 +47,7 @@ def test_what_is_written(model: Path, tmp_path: Path) -> None:
         "model.safetensors.index.json",
         "gptqkit",
     }
-    assert {path.name for path in (out / "gptqkit").iterdir()} == {"run.json", "layers.jsonl"}
+    assert {path.name for path in (out / "gptqkit").iterdir()} == {"run.json", "layers.jsonl", "recipe.yaml"}
     config = json.loads((out / "config.json").read_text())
     assert config["quantization_config"] == json.loads((out / "quantize_config.json").read_text())
     lines = [json.loads(line) for line in (out / "gptqkit" / "layers.jsonl").read_text().splitlines()]

@@ -20,6 +20,8 @@ from gptqkit.data import calibration_texts
 
 _HUB_ID = re.compile(r"(?P<name>[\w.-]+/[\w.-]+)(:(?P<split>[\w.\[\]%:-]+))?")
 _STREAM_FACTOR = 4
+BUNDLED = "bundled text"
+"""The name of the text that travels with the package."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ def read_documents(source: Any, *, column: str | None, tokens: int, sequences: i
 def _open(source: Any, column: str | None) -> tuple[str, Iterator[tuple[str, Any]], bool]:
     """A publishable name, the records with their places, and whether they may have no end."""
     if source is None:
-        return "bundled text", read_file(calibration_texts(), column), False
+        return BUNDLED, read_file(calibration_texts(), column), False
     if isinstance(source, Path):
         return source.name, read_file(source, column), False
     if isinstance(source, str):

@@ -15,6 +15,7 @@ from gptqkit.cli.output import Answer, duration, facts, number, percent, size, t
 from gptqkit.cli.progress import Progress
 from gptqkit.cli.recipe import make_request
 from gptqkit.core.config import QuantConfig
+from gptqkit.core.recipe import shipped_recipes
 
 WORST = 8
 """Linears in the final table: those with the largest error. layers.jsonl has all."""
@@ -27,6 +28,10 @@ def quantize(
     bits: Annotated[int | None, typer.Option(metavar="N", help="2 to 8. [default: 4]")] = None,
     group_size: Annotated[
         int | None, typer.Option(metavar="N", help="Columns that share a scale: 32, 64, 128, 256, or -1 for a row. [default: 128]")
+    ] = None,
+    target_bits: Annotated[
+        float | None,
+        typer.Option(metavar="X", help="Mean bits per weight, e.g. 3.5: bits and groups of each linear are chosen by measurement."),
     ] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric grid, or zero points. [default: sym]")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="How codes are chosen: gptq, rtn. [default: gptq]")] = None,
@@ -54,7 +59,9 @@ def quantize(
     rule: Annotated[
         list[str] | None, typer.Option(metavar="RULE", help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'; repeatable, first match wins.")
     ] = None,
-    recipe: Annotated[str | None, typer.Option(metavar="FILE", help="YAML with these options; typed ones override it.")] = None,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME|FILE", help=f"{', '.join(shipped_recipes())}, or a YAML file; typed options override it.")
+    ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
     memory: Annotated[
@@ -75,12 +82,14 @@ def quantize(
       gptqkit quantize meta-llama/Llama-3.2-1B ./llama-4bit
       gptqkit quantize ./llama ./llama-4bit --calibration my-texts.jsonl
       gptqkit quantize ./llama ./llama-3bit --bits 3 --group-size 64 --rule 'down_proj=bits:4'
+      gptqkit quantize ./llama ./llama-small --target-bits 3.25
+      gptqkit quantize ./llama ./llama-best --recipe high-accuracy
       gptqkit quantize ./llama ./llama-4bit --dry-run
       gptqkit quantize ./llama ./llama-4bit --resume
     """
     typed = {
-        "bits": bits, "group_size": group_size, "sym": sym, "method": method, "preset": preset, "signed_scales": signed_scales,
-        "format": format, "order": order, "desc_act": desc_act,
+        "bits": bits, "group_size": group_size, "target_bits": target_bits, "sym": sym, "method": method, "preset": preset,
+        "signed_scales": signed_scales, "format": format, "order": order, "desc_act": desc_act,
         "damp": damp, "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed,
     }  # fmt: skip
     request = make_request(recipe, typed, rule or [])
@@ -96,7 +105,7 @@ def quantize(
         run = api.quantize(
             model, out, request.config, calibration=request.calibration, samples=request.samples, seqlen=request.seqlen, seed=request.seed,
             device=device, dtype=dtype, memory=budget, resume=resume, overwrite=overwrite, strict=strict,
-            trust_remote_code=trust_remote_code, emit=emit,
+            trust_remote_code=trust_remote_code, recipe=request.recipe, emit=emit,
         )  # fmt: skip
     data = run.to_dict()
     return Answer(data, describe_run(data, model, out, request.config))

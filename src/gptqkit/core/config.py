@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 from gptqkit.core.errors import InputError
@@ -93,6 +94,8 @@ class QuantConfig:
 
     bits        2 to 8 (the gptq formats hold 2, 3, 4 and 8)
     group_size  columns that share a scale: 32, 64, 128, 256, or -1 for a whole row
+    target_bits mean stored bits per weight, 2 to 16: bits and group size of each linear are then chosen by measurement, and `bits` and
+                `group_size` only complete the rules. None: every linear gets `bits` and `group_size`
     sym         symmetric grid (zero point in the middle); False stores zero points
     method      how codes are chosen: "gptq", or "rtn" (round to nearest; needs no calibration)
     preset      how much work GPTQ puts into it: "plain" (the textbook, for comparison), "fast", "best"
@@ -111,6 +114,7 @@ class QuantConfig:
 
     bits: int = 4
     group_size: int = 128
+    target_bits: float | None = None
     sym: bool = True
     method: str = "gptq"
     preset: str = "fast"
@@ -125,6 +129,8 @@ class QuantConfig:
     def __post_init__(self) -> None:
         _choice("bits", self.bits, BITS)
         _choice("group_size", self.group_size, GROUP_SIZES)
+        if self.target_bits is not None and not (type(self.target_bits) in (int, float) and 2 <= self.target_bits <= 16):
+            raise InputError(f"target_bits={self.target_bits!r}; allowed: 2 to 16, such as 3.5")
         _choice("method", self.method, METHODS)
         _choice("preset", self.preset, PRESETS)
         _choice("format", self.format, FORMAT_NAMES)
@@ -152,6 +158,19 @@ class QuantConfig:
                     self.sym if rule.sym is None else rule.sym,
                 )
         return LinearSpec(self.bits, self.group_size, self.sym)
+
+    @classmethod
+    def from_recipe(cls, recipe: str | Path) -> QuantConfig:
+        """From a recipe that travels with gptqkit, by its name, or from a YAML file. Raises InputError naming what is wrong or what exists.
+
+        A recipe's samples, seqlen, seed and calibration are no part of a configuration: they are arguments of `quantize`.
+
+        >>> QuantConfig.from_recipe("high-accuracy").group_size
+        32
+        """
+        from gptqkit.core.recipe import read_recipe  # which reads YAML; most configurations come from elsewhere
+
+        return cls.from_dict(read_recipe(recipe).config)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> QuantConfig:

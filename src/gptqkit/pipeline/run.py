@@ -22,6 +22,7 @@ from gptqkit.checkpoint.writer import copy_side_files, write_index
 from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.errors import CheckFailed, InputError, ResourceError
 from gptqkit.core.events import Emit, Event
+from gptqkit.core.recipe import RecipeUse
 from gptqkit.core.version import __version__
 from gptqkit.evaluation.perplexity import Evaluation, compare
 from gptqkit.formats import get_format
@@ -33,6 +34,7 @@ from gptqkit.pipeline.card import model_card
 from gptqkit.pipeline.journal import FOLDER, Journal
 from gptqkit.pipeline.plan import KeptTensor, Prepared, prepare
 from gptqkit.pipeline.preflight import check_disk, check_output, clear_output, fingerprint, fixed_options
+from gptqkit.pipeline.recipe import recipe_text
 from gptqkit.pipeline.stream import LinearRecord, Stream, quantize_blocks
 
 
@@ -54,6 +56,7 @@ class Job:
     overwrite: bool = False
     strict: bool = False
     trust_remote_code: bool = False
+    recipe: RecipeUse | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +67,7 @@ class Run:
     peak_memory       how far this process's memory rose above its start
     predicted_memory  what the plan said it would be
     device_memory     the peak on the accelerator, 0 on a CPU
+    recipe            the one that the options were taken from, if any; gptqkit/recipe.yaml holds the options that were used
     """
 
     out: Path
@@ -84,6 +88,7 @@ class Run:
     environment: dict[str, Any]
     inputs: dict[str, Any]
     events: tuple[Event, ...]
+    recipe: RecipeUse | None
 
     @property
     def format(self) -> str:
@@ -98,6 +103,7 @@ class Run:
             "config": self.config.to_dict(),
             "linears": [asdict(record) for record in self.linears],
             "check": None if self.check is None else self.check.to_dict(),
+            "recipe": None if self.recipe is None else asdict(self.recipe),
         }
 
 
@@ -125,7 +131,7 @@ def run_job(job: Job, emit: Emit) -> Run:
                 check = _check(stream, prepared, calibration.held_back)
             run = _result(job, prepared, calibration, records, check, meter, inputs, recorder)
             with recorder.phase("publish", "publishing"):
-                _publish(run, journal, prepared)
+                _publish(run, journal, job)
         if check is not None and not check.perplexity < float("inf"):
             raise CheckFailed(f"the checkpoint in {job.out} reads back, but its perplexity is not finite; see {FOLDER}/layers.jsonl there")
     return run
@@ -268,6 +274,7 @@ def _result(
         environment=_environment(plan.device, plan.dtype),
         inputs=inputs,
         events=tuple(recorder.events),
+        recipe=job.recipe,
     )
 
 
@@ -279,10 +286,12 @@ def _environment(device: str, dtype: str) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _publish(run: Run, journal: Journal, prepared: Prepared) -> None:
+def _publish(run: Run, journal: Journal, job: Job) -> None:
     """The record and the model card, then the checkpoint itself; the journal goes last."""
     write_text(journal.out / FOLDER / "layers.jsonl", "".join(json.dumps(asdict(record)) + "\n" for record in run.linears))
     write_json(journal.out / FOLDER / "run.json", {key: value for key, value in run.to_dict().items() if key != "linears"})
+    data = {"samples": job.samples, "seqlen": job.seqlen, "seed": job.seed}
+    write_text(journal.out / FOLDER / "recipe.yaml", recipe_text(job.config, data, run.calibration, job.recipe))
     write_text(journal.out / "README.md", model_card(run))
     journal.publish()
     journal.remove()

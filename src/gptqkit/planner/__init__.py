@@ -1,0 +1,1 @@
+"""Choices made from numbers alone: no model, no tensors, no files."""
