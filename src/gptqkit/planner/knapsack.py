@@ -18,8 +18,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_SLACK = 1e-9
-"""Relative: sums of the same costs in another order differ in their last bits, and the bound must not drop what is equal to the best."""
+_SLACK = 1e-12
+"""Of the largest costs: sums of the same costs in another order differ in their last bits, and the bound must not drop the best for that."""
 
 
 class Option(NamedTuple):
@@ -59,8 +59,7 @@ def choose(units: Sequence[Sequence[Option]], budget: int) -> list[int]:
     if smallest > budget:
         raise ValueError(f"the smallest options take {smallest}, which is more than the budget of {budget}")
     bounds = _bounds(units)
-    known = _greedy(units, budget)
-    limit = known + _SLACK * abs(known)
+    limit = _greedy(units, budget) + _SLACK * sum(max(abs(option.cost) for option in options) for options in units)
     sizes, costs = np.zeros(1, np.int64), np.zeros(1, np.float64)
     stages: list[_Stage] = []
     for options, bound in zip(units, bounds[1:], strict=True):
