@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from gptqkit.algorithms.gram import Gram
+from gptqkit.algorithms.gram import CrossGram, Gram
 from gptqkit.algorithms.precision import exact, short_operands
 
 
@@ -96,3 +96,27 @@ def test_the_older_switch_of_torch_serves_as_well(monkeypatch: pytest.MonkeyPatc
     with exact():
         seen.append("inside")
     assert seen == ["medium", "inside", "high", "highest", "inside", "high"]
+
+
+@pytest.mark.parametrize("tokens", [1, 15, 17, 130, 2049])
+def test_any_number_of_short_tokens(tokens: int) -> None:
+    """Rows are filled up to even numbers for the product; that must not show."""
+    x = torch.randn(tokens, 48, generator=torch.Generator().manual_seed(tokens)).bfloat16()
+    gram, cross = Gram(48, "cpu"), CrossGram(48, "cpu")
+    gram.add(x)
+    cross.add(x, x * 2)
+    expected = x.double().T @ x.double() / tokens
+    for mean, factor in ((gram.finish(), 1), (cross.finish(), 2)):
+        assert (mean.double() - factor * expected).abs().max() <= 1e-5 * factor * expected.abs().max()
+
+
+def test_blending_weighs_a_mean_by_tokens() -> None:
+    own, other, cross = Gram(2, "cpu"), Gram(2, "cpu"), CrossGram(2, "cpu")
+    own.add(torch.tensor([[2.0, 0.0]]))
+    cross.add(torch.tensor([[2.0, 0.0]]), torch.tensor([[4.0, 0.0]]))
+    other.add(torch.tensor([[1.0, 1.0], [1.0, 3.0]]))
+    own.blend(other, 3)
+    cross.blend(other, 3)
+    assert own.tokens == 1, "what was really seen"
+    assert own.finish().tolist() == [[(4 + 3 * 1) / 4, 3 * 2 / 4], [3 * 2 / 4, 3 * 5 / 4]]
+    assert cross.finish().tolist() == [[(8 + 3 * 1) / 4, 3 * 2 / 4], [3 * 2 / 4, 3 * 5 / 4]]

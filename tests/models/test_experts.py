@@ -13,7 +13,7 @@ from tests.tiny import save_tiny, tiny_config
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gptqkit.core.errors import InputError
-from gptqkit.hf.experts import Experts, is_container, refusal, replace_experts
+from gptqkit.hf.experts import EvenLinear, Experts, is_container, refusal, replace_experts
 from gptqkit.hf.skeleton import build_skeleton, checkpoint_names
 
 FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3")
@@ -87,6 +87,17 @@ def test_gradients_reach_the_input_and_the_routing_weights() -> None:
     expected = torch.autograd.grad(container(hidden, chosen, weights).square().sum(), (hidden, weights))
     got = torch.autograd.grad(taken_apart(container, visit_all=False)(hidden, chosen, weights).square().sum(), (hidden, weights))
     assert all(torch.allclose(a, b, rtol=1e-4, atol=1e-4) for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("rows", [0, 1, 16, 17, 300])
+def test_filled_rows_change_no_value_and_no_gradient(rows: int) -> None:
+    torch.manual_seed(rows)
+    x, weight = torch.randn(rows, 64, dtype=torch.bfloat16, requires_grad=True), torch.randn(32, 64, dtype=torch.bfloat16)
+    even, plain = EvenLinear(64, 32, bias=False, dtype=torch.bfloat16), torch.nn.Linear(64, 32, bias=False, dtype=torch.bfloat16)
+    for linear in (even, plain):
+        linear.weight = torch.nn.Parameter(weight.clone())
+    results = [(linear(x), *torch.autograd.grad(linear(x).float().sum(), (x, linear.weight))) for linear in (even, plain)]
+    assert all(torch.allclose(a, b, rtol=1e-2, atol=1e-2) for a, b in zip(*results, strict=True))
 
 
 def test_no_expert_is_forgotten_when_the_model_is_copied() -> None:

@@ -16,7 +16,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from gptqkit.algorithms.precision import exact, short_operands
+from gptqkit.algorithms.precision import exact, filled_rows, short_operands
 
 # Width of a column block. Narrow blocks skip more of the lower triangle, wide ones feed the matrix units better; measured as above.
 _NARROW, _WIDE, _WIDE_FROM = 128, 256, 2048
@@ -59,7 +59,7 @@ class Gram:
     def _add_step(self, x_MI: Tensor) -> None:
         native = x_MI.is_cuda and x_MI.dtype in (torch.bfloat16, torch.float16)  # CUDA multiplies halves into a float32 result
         lossless = x_MI.dtype == torch.bfloat16
-        x_MI = x_MI if native else x_MI.float()
+        x_MI = x_MI if native else filled_rows(x_MI, torch.float32)
         in_features = x_MI.shape[1]
         width = _NARROW if in_features < _WIDE_FROM else _WIDE
         with short_operands() if lossless else exact():
@@ -109,7 +109,7 @@ class CrossGram:
                 if native:
                     self._sum_II += torch.mm(left_MI.T, right_MI, out_dtype=torch.float32)
                 else:
-                    self._sum_II.addmm_(left_MI.float().T, right_MI.float())
+                    self._sum_II.addmm_(filled_rows(left_MI, torch.float32).T, filled_rows(right_MI, torch.float32))
 
     def blend(self, both: Gram, tokens: float) -> None:
         """Adds the mean of a Gram, taken to be the same in both streams, as if it came from so many tokens."""

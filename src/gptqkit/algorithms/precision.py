@@ -6,6 +6,9 @@ case: its operands *are* bfloat16 values stored in float32, so the short product
 units run at twice the speed; it runs under `short_operands`.
 
 The switch is per process, not per thread: two threads inside different contexts would see each other's setting.
+
+Short products on a CPU are oneDNN's, which compiles a kernel for every shape and keeps the last 1024 of them, up to a megabyte each. Where
+the number of rows never repeats (experts), that came to 500 MB in a run on a 14 M-parameter model; `filled_rows` brings few numbers.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import Tensor
 
 
 @contextmanager
@@ -29,6 +33,17 @@ def short_operands() -> Iterator[None]:
     """Allows the CPU to shorten float32 operands to bfloat16; lossless exactly when they hold bfloat16 values. CUDA stays exact."""
     with _precision("bf16", "ieee", "medium"):
         yield
+
+
+def filled_rows(x_MI: Tensor, dtype: torch.dtype) -> Tensor:
+    """In `dtype`; on a CPU, what is narrower than float32 gets rows of zeros up to one of eight numbers an octave."""
+    rows = x_MI.shape[0]
+    step = 1 << max(rows.bit_length() - 4, 4)
+    if x_MI.device.type != "cpu" or x_MI.dtype.itemsize >= 4 or rows % step == 0:
+        return x_MI.to(dtype)
+    filled_MI = x_MI.new_zeros(rows + -rows % step, x_MI.shape[1], dtype=dtype)
+    filled_MI[:rows] = x_MI
+    return filled_MI
 
 
 @contextmanager

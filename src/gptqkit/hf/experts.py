@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter, WeightRenaming, rename_source_key
 
+from gptqkit.algorithms.precision import filled_rows
 from gptqkit.core.errors import InputError
 
 FUSED = ("gate_up_proj", "down_proj")
@@ -37,14 +38,21 @@ ROUTED: ContextVar[Tensor | None] = ContextVar("ROUTED", default=None)
 """While an expert of a module with `visit_all` runs: which tokens its rows are, ascending."""
 
 
+class EvenLinear(nn.Linear):
+    """A linear that multiplies few different numbers of rows, whatever it is called with (precision.py says why)."""
+
+    def forward(self, x_MI: Tensor) -> Tensor:
+        return super().forward(filled_rows(x_MI, x_MI.dtype))[: x_MI.shape[0]]
+
+
 class Expert(nn.Module):
     """One expert: down(combine(gate(x), up(x)))."""
 
-    def __init__(self, hidden: int, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, hidden: int, width: int, dtype: torch.dtype, linear: type[nn.Linear]) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(hidden, width, bias=False, device="meta", dtype=dtype)
-        self.up_proj = nn.Linear(hidden, width, bias=False, device="meta", dtype=dtype)
-        self.down_proj = nn.Linear(width, hidden, bias=False, device="meta", dtype=dtype)
+        self.gate_proj = linear(hidden, width, bias=False, device="meta", dtype=dtype)
+        self.up_proj = linear(hidden, width, bias=False, device="meta", dtype=dtype)
+        self.down_proj = linear(width, hidden, bias=False, device="meta", dtype=dtype)
 
     def between(self, x_MH: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
         """What `down_proj` reads, [M, F]."""
@@ -65,7 +73,7 @@ class Experts(nn.Module):
         super().__init__()
         experts, hidden, width = container.down_proj.shape
         for index in range(experts):
-            self.add_module(str(index), Expert(hidden, width, container.down_proj.dtype))
+            self.add_module(str(index), Expert(hidden, width, container.down_proj.dtype, EvenLinear if visit_all else nn.Linear))
         self.num_experts = experts
         self.visit_all = visit_all
         container._parameters.clear()
