@@ -5,11 +5,12 @@ very same objective J = ||W - Q||_H^2 over one group of variables at a time, eve
 
     scale of group g   q = s v with v = code - zero:  s += b / a,    b = v . P_g,  a = v H_gg v      (J falls by b^2 / a)
     zero of group g    z += 1 moves the group by -s:  b = 1 . P_g,   a = 1 H_gg 1                    (asymmetric only)
+    codes of group g   were all other groups what they are, the best group were q + H_gg^-1 P_g: sweep it again from there
     code of column j   q_j = nearest grid value to q_j + P_j / H_jj                                  (QuantEase, arXiv:2309.01885)
 
-Each is the exact minimiser of its coordinate on the grid of values that can be stored (scales are rounded to float16 before they are
-judged), so J never rises. P is brought up to date once per group with one matrix product; a round over all groups costs O I^2
-multiply-adds, as much as the sweep itself.
+Scale, zero and single code are exact minimisers of their coordinate on the grid of values that can be stored (scales are rounded to
+float16 before they are judged); a group swept again is taken row by row where it is better. So J never rises. P is brought up to date
+once per group with one matrix product; a round over all groups costs O I^2 multiply-adds, as much as the sweep itself.
 
 Everything is [I, O], as in the sweep. Shapes: I = in features sorted by group, O = rows, B = columns of one group, G = groups.
 """
@@ -22,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptqkit.core.grid import round_scale
+from gptqkit.algorithms.sweep import fix_block, shares
+from gptqkit.core.grid import Grid, round_scale
 
 
 @dataclass(slots=True)
@@ -48,6 +50,7 @@ class Refiner:
         self.gram_II = gram_II
         self.damping_I = damping_I
         self.bounds = bounds
+        self._roots: dict[int, tuple[Tensor, Tensor]] = {}
         group_I = torch.repeat_interleave(
             torch.arange(len(bounds), device=target_IO.device),
             torch.tensor([stop - start for start, stop in bounds], device=target_IO.device),
@@ -67,6 +70,7 @@ class Refiner:
             if not self.fitted.sym:
                 self._fit_zero(group, level_BO, pull_BO, within_BB)
             if codes:
+                self._sweep_again(group, level_BO, pull_BO, within_BB)
                 self._fit_codes(group, level_BO, pull_BO, within_BB)
             moved_BO = torch.addcmul(before_BO, level_BO, self.fitted.scale_GO[group], value=-1)
             self.pull_IO.addmm_(self.gram_II[:, start:stop], moved_BO)
@@ -91,6 +95,34 @@ class Refiner:
         self.fitted.zero_GO[group] = zero_O - step_O
         level_BO += step_O
         pull_BO.addcmul_(seen_B[:, None], step_O * scale_O, value=-1)
+
+    def _sweep_again(self, group: int, level_BO: Tensor, pull_BO: Tensor, within_BB: Tensor) -> None:
+        """The codes of a group all at once: a sweep inside the group towards its optimum, kept in the rows where it comes nearer."""
+        root_BB, order_B = self._root(group, within_BB)
+        scale_BO, zero_BO = self.fitted.scale_GO[group].expand_as(level_BO), self.fitted.zero_GO[group].expand_as(level_BO)
+        away_BO = torch.linalg.solve_triangular(root_BB, pull_BO[order_B], upper=True)
+        now_O = away_BO.square().sum(0)  # P_g H_gg^-1 P_g: what J would fall by if values could be anything
+        away_BO = torch.linalg.solve_triangular(root_BB.T, away_BO, upper=False)
+        level_ordered_BO = level_BO[order_B]
+        wanted_BO = away_BO.addcmul_(level_ordered_BO, scale_BO)
+        found_BO = torch.empty_like(level_BO)
+        _, share_BB = shares(root_BB)
+        miss_BO = fix_block(wanted_BO, found_BO, share_BB, Grid(scale_BO, zero_BO), self.fitted.bits)
+        better_O = root_BB.diagonal().square() @ miss_BO.square_() < now_O
+        moved_BO = torch.where(better_O, found_BO - level_ordered_BO, 0.0)
+        step_BO = torch.empty_like(moved_BO)
+        step_BO[order_B] = moved_BO
+        level_BO += step_BO
+        pull_BO.addmm_(within_BB, step_BO * scale_BO, alpha=-1)
+
+    def _root(self, group: int, within_BB: Tensor) -> tuple[Tensor, Tensor]:
+        """R of the group's own block of H, and the order of its columns: by H_jj, descending. Computed once."""
+        if group not in self._roots:
+            order_B = torch.argsort(within_BB.diagonal(), descending=True, stable=True)
+            reversed_B = order_B.flip(0)
+            lower_BB = torch.linalg.cholesky(within_BB[reversed_B[:, None], reversed_B])
+            self._roots[group] = (lower_BB.flip(0, 1), order_B)
+        return self._roots[group]
 
     def _fit_codes(self, group: int, level_BO: Tensor, pull_BO: Tensor, within_BB: Tensor) -> None:
         """Coordinate descent over the columns; a column collects what those before it owe when its turn comes (as in the sweep)."""

@@ -32,11 +32,16 @@ from torch import Tensor
 from gptqkit.algorithms.factor import DampingRule, Factor
 from gptqkit.algorithms.order import ColumnOrder
 from gptqkit.core.config import LinearSpec
-from gptqkit.core.grid import Grid, candidate_grids, minmax_grid, searched_grid
+from gptqkit.core.grid import Grid, minmax_grid, searched_grids
 from gptqkit.core.weight import group_count
 
 STRIP = 32
 """Columns of a block between which errors go by matrix-vector product; between strips, by matrix product."""
+
+
+SHORTLIST = 4
+"""Grids whose cost is measured exactly. All 14 to 28 candidates instead: 0.1 % less objective after refinement, twice to four times the
+time of the sweep."""
 
 
 class Effort(NamedTuple):
@@ -71,26 +76,23 @@ def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpe
     if order.fixed_grids:
         for group in range(groups):
             at_group = group_at_I == group
-            scale_GO[group], zero_GO[group] = _grid_of(target_IO[at_group], pivot_I[at_group], spec, effort)
+            scale_GO[group], zero_GO[group] = _grids_of(target_IO[at_group], pivot_I[at_group], spec, effort)[0]
     error_IO, level_IO = torch.empty_like(target_IO), torch.empty_like(target_IO)
     objective_O = target_IO.new_zeros(shape[1])
     for start, stop in order.bounds:
         running_BO = target_IO[start:stop].clone()
-        inverse_BB = _inverse_upper(root_II[start:stop, start:stop])
+        inverse_BB, share_BB = shares(root_II[start:stop, start:stop])
         if start:
             running_BO.addmm_(inverse_BB.T, root_II[:start, start:stop].T @ error_IO[:start])
-        share_BB = (inverse_BB / inverse_BB.diagonal()[:, None]).T.contiguous()  # [later, earlier]: U_jk / U_jj
         group_B = group_at_I[start:stop]
         if not order.fixed_grids:
-            search = exact_grid if effort.grid == "exact" else None
-            grid = (
-                search(running_BO, share_BB, pivot_I[start:stop], spec, effort)
-                if search
-                else _grid_of(running_BO, pivot_I[start:stop], spec, effort)
+            scale_GO[group_B[0]], zero_GO[group_B[0]] = (
+                _exact_grid(running_BO, share_BB, pivot_I[start:stop], spec, effort)
+                if effort.grid == "exact"
+                else _grids_of(running_BO, pivot_I[start:stop], spec, effort)[0]
             )
-            scale_GO[group_B[0]], zero_GO[group_B[0]] = grid
         grid_B = Grid(scale_GO[group_B], zero_GO[group_B])
-        miss_BO = _fix_block(running_BO, level_IO[start:stop], share_BB, grid_B, spec.bits)
+        miss_BO = fix_block(running_BO, level_IO[start:stop], share_BB, grid_B, spec.bits)
         torch.addcmul(target_IO[start:stop], level_IO[start:stop], grid_B.scale_R, value=-1, out=error_IO[start:stop])
         objective_O += miss_BO.square_().mul_(pivot_I[start:stop, None]).sum(0)
     natural_IO = torch.empty_like(level_IO)
@@ -98,31 +100,36 @@ def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpe
     return Swept(natural_IO, scale_GO, zero_GO, objective_O)
 
 
-def _grid_of(weight_BO: Tensor, pivot_B: Tensor, spec: LinearSpec, effort: Effort) -> Grid:
+def _grids_of(weight_BO: Tensor, pivot_B: Tensor, spec: LinearSpec, effort: Effort, count: int = 1) -> list[Grid]:
+    """The grids that look best for a group when a rounding error in column j costs its pivot."""
     if effort.grid == "minmax":
-        return minmax_grid(weight_BO.T, bits=spec.bits, sym=spec.sym)
-    return searched_grid(weight_BO.T, pivot_B, bits=spec.bits, sym=spec.sym, signed=effort.signed)
+        return [minmax_grid(weight_BO.T, bits=spec.bits, sym=spec.sym)]
+    return searched_grids(weight_BO.T, pivot_B, bits=spec.bits, sym=spec.sym, signed=effort.signed, count=count)
 
 
-def exact_grid(running_BO: Tensor, share_BB: Tensor, pivot_B: Tensor, spec: LinearSpec, effort: Effort) -> Grid:
-    best: Grid | None = None
-    least_O = running_BO.new_empty(0)
-    level_BO = torch.empty_like(running_BO)
-    for grid in candidate_grids(running_BO.T, bits=spec.bits, sym=spec.sym, signed=effort.signed):
-        grid_B = Grid(grid.scale_R.expand_as(running_BO), grid.zero_R.expand_as(running_BO))
-        miss_BO = _fix_block(running_BO.clone(), level_BO, share_BB, grid_B, spec.bits)
-        loss_O = pivot_B @ miss_BO.square_()
-        if best is None:
-            best, least_O = grid, loss_O
-            continue
-        better_O = loss_O < least_O
+def _exact_grid(running_BO: Tensor, share_BB: Tensor, pivot_B: Tensor, spec: LinearSpec, effort: Effort) -> Grid:
+    """The grid with which sweeping the group costs least, sum of e_j^2, for each row; of the SHORTLIST by the cheap measure.
+
+    By the identity above that is what the group adds to the layer's objective, given the groups before it.
+    """
+    grids = _grids_of(running_BO, pivot_B, spec, effort, SHORTLIST)
+    best, level_BO = grids[0], torch.empty_like(running_BO)
+    least_O = _cost(best, running_BO, level_BO, share_BB, pivot_B, spec.bits)
+    for grid in grids[1:]:
+        cost_O = _cost(grid, running_BO, level_BO, share_BB, pivot_B, spec.bits)
+        better_O = cost_O < least_O
         best = Grid(torch.where(better_O, grid.scale_R, best.scale_R), torch.where(better_O, grid.zero_R, best.zero_R))
-        least_O = torch.where(better_O, loss_O, least_O)
-    assert best is not None
+        least_O = torch.where(better_O, cost_O, least_O)
     return best
 
 
-def _fix_block(running_BO: Tensor, level_BO: Tensor, share_BB: Tensor, grid_B: Grid, bits: int) -> Tensor:
+def _cost(grid: Grid, running_BO: Tensor, level_BO: Tensor, share_BB: Tensor, pivot_B: Tensor, bits: int) -> Tensor:
+    """[O]: what sweeping a group on one grid costs. Overwrites `level_BO`."""
+    grid_B = Grid(grid.scale_R.expand_as(running_BO), grid.zero_R.expand_as(running_BO))
+    return pivot_B @ fix_block(running_BO.clone(), level_BO, share_BB, grid_B, bits).square_()
+
+
+def fix_block(running_BO: Tensor, level_BO: Tensor, share_BB: Tensor, grid_B: Grid, bits: int) -> Tensor:
     """Rounds the columns of a block in turn. Writes code - zero into `level_BO`; returns w_j - q_j [B, O] as it was at each turn.
 
     The loop is the hot spot of a run: one matrix-vector product and five in-place passes a column, no allocation, no synchronisation.
@@ -146,6 +153,8 @@ def _fix_block(running_BO: Tensor, level_BO: Tensor, share_BB: Tensor, grid_B: G
     return miss_BO
 
 
-def _inverse_upper(block_BB: Tensor) -> Tensor:
-    identity_BB = torch.eye(block_BB.shape[0], dtype=block_BB.dtype, device=block_BB.device)
-    return torch.linalg.solve_triangular(block_BB, identity_BB, upper=True)
+def shares(root_BB: Tensor) -> tuple[Tensor, Tensor]:
+    """U = R^-1 of a diagonal block of R, and U_jk / U_jj as [later k, earlier j]: what column k owes for a miss of 1 in column j."""
+    identity_BB = torch.eye(root_BB.shape[0], dtype=root_BB.dtype, device=root_BB.device)
+    inverse_BB = torch.linalg.solve_triangular(root_BB, identity_BB, upper=True)
+    return inverse_BB, (inverse_BB / inverse_BB.diagonal()[:, None]).T.contiguous()

@@ -47,9 +47,14 @@ def minmax_grid(weight_RC: Tensor, *, bits: int, sym: bool) -> Grid:
     return Grid(scale_R, torch.round(-low_R / scale_R).clamp(1, levels))
 
 
-SHRINKS = tuple(1 - 0.05 * step for step in range(11))
-"""Fractions of a row's range that a search tries, widest first: 1.0, 0.95 … 0.5."""
-SHRINKS_2_BITS = (*SHRINKS, 0.45, 0.4, 0.35)
+NARROWEST = {2: 0.35, 3: 0.55, 4: 0.7}
+"""The smallest fraction of a row's range that a search tries, by bits: the more levels, the less there is to gain from clipping."""
+
+
+def shrinks(bits: int) -> tuple[float, ...]:
+    """Fractions of a row's range, widest first: 1.0, 0.95 … NARROWEST (0.8 above 4 bits)."""
+    steps = round((1 - NARROWEST.get(bits, 0.8)) / 0.05)
+    return tuple(1 - 0.05 * step for step in range(steps + 1))
 
 
 def candidate_grids(weight_RC: Tensor, *, bits: int, sym: bool, signed: bool) -> Iterator[Grid]:
@@ -58,28 +63,25 @@ def candidate_grids(weight_RC: Tensor, *, bits: int, sym: bool, signed: bool) ->
     A symmetric grid reaches one step further down than up, (-2**(bits-1) .. 2**(bits-1) - 1) scale: with a negative scale, up. At 2 bits
     that is two steps against one, so which side faces the longer tail matters a good deal.
     """
-    for shrink in SHRINKS_2_BITS if bits == 2 else SHRINKS:
+    for shrink in shrinks(bits):
         grid = minmax_grid(weight_RC * shrink, bits=bits, sym=sym)
         yield grid
         if sym and signed:
             yield Grid(-grid.scale_R, grid.zero_R)
 
 
-def searched_grid(weight_RC: Tensor, importance_C: Tensor, *, bits: int, sym: bool, signed: bool = False) -> Grid:
-    """Of `candidate_grids` the one with the least weighted rounding error, sum over c of importance_c (w - q)^2, of each row.
+def searched_grids(weight_RC: Tensor, importance_C: Tensor, *, bits: int, sym: bool, signed: bool = False, count: int = 1) -> list[Grid]:
+    """Of `candidate_grids` the `count` with the least weighted rounding error of each row: sum over c of importance_c (w - q)^2. Best first.
 
     Clipping a few far weights makes the step finer for all others; how far to go depends on which columns matter, so a plain squared error
     (all importances equal) is the wrong measure, and often worse than not clipping at all. Ties go to the first, the widest.
     """
-    grids = candidate_grids(weight_RC, bits=bits, sym=sym, signed=signed)
-    best = next(grids)
-    least_R = _weighted_error(weight_RC, importance_C, best, bits)
-    for grid in grids:
-        error_R = _weighted_error(weight_RC, importance_C, grid, bits)
-        better_R = error_R < least_R
-        best = Grid(torch.where(better_R, grid.scale_R, best.scale_R), torch.where(better_R, grid.zero_R, best.zero_R))
-        least_R = torch.where(better_R, error_R, least_R)
-    return best
+    grids = list(candidate_grids(weight_RC, bits=bits, sym=sym, signed=signed))
+    error_KR = torch.stack([_weighted_error(weight_RC, importance_C, grid, bits) for grid in grids])
+    ranked_KR = torch.argsort(error_KR, dim=0, stable=True)[:count]
+    scale_KR = torch.stack([grid.scale_R for grid in grids]).gather(0, ranked_KR)
+    zero_KR = torch.stack([grid.zero_R for grid in grids]).gather(0, ranked_KR)
+    return [Grid(scale_R, zero_R) for scale_R, zero_R in zip(scale_KR, zero_KR, strict=True)]
 
 
 def _weighted_error(weight_RC: Tensor, importance_C: Tensor, grid: Grid, bits: int) -> Tensor:
