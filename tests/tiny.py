@@ -52,6 +52,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {**_LLAMA, "num_local_experts": 4},
     "olmoe": {**_LLAMA, **_EXPERTS},
     "deepseek_v3": {**_LLAMA, **_EXPERTS, **_LATENT, "num_key_value_heads": 4, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1},
+    "nemotron_h": {
+        **{k: v for k, v in _LLAMA.items() if k != "num_hidden_layers"},
+        **_EXPERTS,
+        "layers_block_type": ["attention", "moe"],
+        "head_dim": 16,
+        "moe_shared_expert_intermediate_size": 64,
+        "n_group": 1,
+        "topk_group": 1,
+    },
 }
 
 

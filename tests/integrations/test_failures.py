@@ -77,14 +77,14 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
 
 
 def test_experts_that_cannot_be_taken_apart_are_refused_by_name(llama: Checkpoint, tmp_path: Path) -> None:
-    """nemotron_h: experts without a gate."""
-    sizes = {"num_hidden_layers": 2, "layers_block_type": ["moe", "attention"], "n_routed_experts": 2, "num_experts_per_tok": 1}
-    config = AutoConfig.for_model("nemotron_h", vocab_size=96, hidden_size=64, moe_intermediate_size=96, **sizes).to_dict()
+    """longcat_flash: its experts compute in their own way."""
+    sizes = {"hidden_size": 64, "num_layers": 1, "expert_ffn_hidden_size": 96, "n_routed_experts": 2, "zero_expert_num": 1, "moe_topk": 1}
+    config = AutoConfig.for_model("longcat_flash", vocab_size=96, num_attention_heads=4, **sizes).to_dict()
     quantization = json.loads((llama.folder / "config.json").read_text())["quantization_config"]
     tmp_path.joinpath("config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
     packed = {name.removeprefix(UP): tensor for name, tensor in llama.tensors.items() if name.startswith(f"{UP}.")}
-    write_tensors(tmp_path, {f"model.layers.0.mixer.experts.1.up_proj{local}": tensor for local, tensor in packed.items()})
-    with pytest.raises(InputError, match=r"experts\.1\.up_proj is quantized, but NemotronHForCausalLM merges it .* cannot take apart"):
+    write_tensors(tmp_path, {f"model.layers.0.mlp.experts.1.up_proj{local}": tensor for local, tensor in packed.items()})
+    with pytest.raises(InputError, match=r"experts\.1\.up_proj is quantized, but LongcatFlashForCausalLM merges it .* cannot take apart"):
         gptqkit.load(tmp_path)
 
 

@@ -16,7 +16,7 @@ from gptqkit.core.errors import InputError
 from gptqkit.hf.experts import EvenLinear, Experts, is_container, refusal, replace_experts
 from gptqkit.hf.skeleton import build_skeleton, checkpoint_names
 
-FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "nemotron_h")
 TOKENS, TOP_K, HIDDEN = 10, 2, 64
 
 
@@ -33,11 +33,17 @@ def taken_apart(container: Any, *, visit_all: bool) -> Experts:
     experts = Experts(copy.deepcopy(container), visit_all=visit_all)
     state = {}
     for index in range(container.num_experts):
-        gate, up = weights["gate_up_proj"][index].chunk(2)
-        state |= {f"{index}.gate_proj.weight": gate, f"{index}.up_proj.weight": up}
-        state[f"{index}.down_proj.weight"] = weights["down_proj"][index]
+        state |= {f"{index}.{part}.weight": value for part, value in parts_of(weights, index).items()}
     experts.load_state_dict(state, assign=True)
     return experts
+
+
+def parts_of(stacks: dict[str, torch.Tensor], index: int) -> dict[str, torch.Tensor]:
+    """The linears of one expert, cut out of the stacked parameters."""
+    if "up_proj" in stacks:
+        return {part: stacks[part][index] for part in ("up_proj", "down_proj")}
+    gate, up = stacks["gate_up_proj"][index].chunk(2)
+    return {"gate_proj": gate, "up_proj": up, "down_proj": stacks["down_proj"][index]}
 
 
 def routed(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
@@ -120,12 +126,10 @@ def test_every_tensor_of_a_checkpoint_finds_its_place(family: str, tmp_path: Pat
             if not is_expert:
                 continue
             index, part, _ = rest.split(".")
-            stacked = model.get_submodule(f"{owner}.experts")
-            gate, up = stacked.gate_up_proj[int(index)].chunk(2)
-            expected = {"gate_proj": gate, "up_proj": up, "down_proj": stacked.down_proj[int(index)]}[part]
+            expected = parts_of(dict(model.get_submodule(f"{owner}.experts").named_parameters()), int(index))[part]
             assert torch.equal(file.get_tensor(disk_name), expected), f"{disk_name} -> {name}"
             checked += 1
-        assert checked == len(containers(family)) * 4 * 3
+        assert checked == len(containers(family)) * 4 * (2 if family == "nemotron_h" else 3)
 
 
 def test_a_checkpoint_that_stores_experts_stacked_is_refused_by_name() -> None:
@@ -142,10 +146,13 @@ def test_a_checkpoint_that_stores_experts_stacked_is_refused_by_name() -> None:
     [
         ({"is_transposed": True}, "its experts are stored [in, out]"),
         ({"has_bias": True}, "its experts have biases"),
-        ({"has_gate": False}, "its experts have no gate"),
+        ({"has_gate": False}, "not [E, out, in] of gate_up_proj, down_proj or up_proj, down_proj"),
         ({"is_concatenated": False}, "its experts interleave gate and up"),
         ({"has_post_expert_norm": True}, "its experts are followed by a norm"),
-        ({"gate_up_proj": torch.nn.Parameter(torch.zeros(4, 32, 64))}, "not gate_up_proj [E, 2 F, H] and down_proj [E, H, F]"),
+        (
+            {"gate_up_proj": torch.nn.Parameter(torch.zeros(4, 32, 64))},
+            "its parameters are {'gate_up_proj': (4, 32, 64), 'down_proj': (4, 64, 32)}, not",
+        ),
     ],
 )
 def test_containers_of_other_kinds_are_left_with_a_reason(changes: dict[str, Any], reason: str) -> None:

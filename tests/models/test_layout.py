@@ -14,7 +14,7 @@ from gptqkit.hf.skeleton import build_skeleton
 from gptqkit.models.layout import ONE_OUTPUT, ROUTER, discover
 
 _SPLIT = "q_proj k_proj v_proj | o_proj | gate_proj up_proj | down_proj"
-EXPERTS = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3")
+EXPERTS = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "nemotron_h")
 STRUCTURE: dict[str, tuple[str, str | tuple[str, str]]] = {
     "llama": ("model.layers", _SPLIT),
     "qwen2": ("model.layers", _SPLIT),
@@ -31,6 +31,7 @@ STRUCTURE: dict[str, tuple[str, str | tuple[str, str]]] = {
     "qwen2_moe": ("model.layers", "q_proj k_proj v_proj | o_proj | gate_proj up_proj | down_proj | gate_proj up_proj | down_proj"),
     "mixtral": ("model.layers", _SPLIT),
     "olmoe": ("model.layers", _SPLIT),
+    "nemotron_h": ("model.layers", ("q_proj k_proj v_proj | o_proj", "up_proj | down_proj | up_proj | down_proj")),
     "deepseek_v3": (
         "model.layers",
         (
@@ -79,8 +80,9 @@ def test_conv1d_is_transposed_and_linear_is_not() -> None:
 @pytest.mark.parametrize("family", EXPERTS)
 def test_routers_and_single_outputs_stay_as_they_are(family: str) -> None:
     layout = discover(build_skeleton(tiny_config(family), torch.float32))
-    reasons = {kept.name: kept.reason for kept in layout.kept if kept.name.startswith("model.layers.1.mlp.")}
-    assert reasons.pop("model.layers.1.mlp.gate.weight") == ROUTER
+    owner = "mixer" if family == "nemotron_h" else "mlp"
+    reasons = {kept.name: kept.reason for kept in layout.kept if kept.name.startswith(f"model.layers.1.{owner}.")}
+    assert reasons.pop(f"model.layers.1.{owner}.gate.weight") == ROUTER
     assert reasons == ({"model.layers.1.mlp.shared_expert_gate.weight": ONE_OUTPUT} if family == "qwen2_moe" else {})
 
 

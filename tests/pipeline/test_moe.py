@@ -20,7 +20,7 @@ from gptqkit.core.events import Event
 from gptqkit.hf.skeleton import build_skeleton, checkpoint_names, quiet_transformers
 from gptqkit.kernels.linear import QuantLinear
 
-FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3")
+FAMILIES = ("qwen3_moe", "qwen2_moe", "mixtral", "olmoe", "deepseek_v3", "nemotron_h")
 CONFIG = QuantConfig(bits=4, group_size=32)
 SMALL: dict[str, Any] = {"calibration": token_ids(), "samples": 12, "seqlen": 32}
 IDS = torch.tensor(token_ids(2, 16, seed=5))
@@ -34,8 +34,10 @@ def put(model: Any, name: str, value: torch.Tensor) -> None:
         return
     index, part = rest.split(".")
     stacked = model.get_submodule(f"{owner}.experts")
-    gate, up = stacked.gate_up_proj.data[int(index)].chunk(2)
-    {"gate_proj": gate, "up_proj": up, "down_proj": stacked.down_proj.data[int(index)]}[part].copy_(value)
+    if hasattr(stacked, part):
+        getattr(stacked, part).data[int(index)] = value
+    else:
+        stacked.gate_up_proj.data[int(index)].chunk(2)[part == "up_proj"].copy_(value)
 
 
 def dense_logits(original: Path, quantized: Path) -> torch.Tensor:

@@ -8,17 +8,19 @@ Nothing that works on linears can see into that: not discovery, not capture, not
 `Experts` module in its place, with the linears `E.gate_proj`, `E.up_proj`, `E.down_proj`; from there on an expert is three linears like any
 others. The names are those under which checkpoints store experts, up to the renaming rules that transformers has per family.
 
-Which families share this container and how they differ is said by transformers itself: `use_experts_implementation` leaves `has_gate`,
+Which families share this container and how others differ is said by transformers itself: `use_experts_implementation` leaves `has_gate`,
 `has_bias`, `is_transposed`, `is_concatenated` and `has_post_expert_norm` on the module, and `_apply_gate` computes what lies between the
-two products. 60 of the 66 model types of transformers 5.23 that fuse experts have the kind above; `refusal` says what another one lacks.
+two products. A kind of container is a row of KINDS. 60 of the 67 model types of transformers 5.23 that stack experts have the kind above;
+`refusal` says of any other container what is unusual about it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -28,11 +30,6 @@ from transformers.core_model_loading import Concatenate, MergeModulelist, Weight
 
 from gptqkit.algorithms.precision import filled_rows
 from gptqkit.core.errors import InputError
-
-FUSED = ("gate_up_proj", "down_proj")
-"""The stacked parameters of a container, by transformers' names."""
-_PARTS = {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}
-"""Stacked parameter -> the linears it is made of, in the order in which transformers concatenates them."""
 
 ROUTED: ContextVar[Tensor | None] = ContextVar("ROUTED", default=None)
 """While an expert of a module with `visit_all` runs: which tokens its rows are, ascending."""
@@ -45,21 +42,65 @@ class EvenLinear(nn.Linear):
         return super().forward(filled_rows(x_MI, x_MI.dtype))[: x_MI.shape[0]]
 
 
-class Expert(nn.Module):
-    """One expert: down(combine(gate(x), up(x)))."""
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """How a kind of container holds its experts.
 
-    def __init__(self, hidden: int, width: int, dtype: torch.dtype, linear: type[nn.Linear]) -> None:
+    flags    what transformers says about such a container
+    stacks   its parameters [E, out, in], each with the linears it is made of, concatenated along out; the last of them is `down_proj`
+    combine  the container and the outputs of all linears but the last, side by side -> what the last reads
+    """
+
+    flags: Mapping[str, bool]
+    stacks: Mapping[str, tuple[str, ...]]
+    combine: Callable[[Any, Tensor], Tensor]
+
+
+def _gated(container: Any, gate_up: Tensor) -> Tensor:
+    combined: Tensor = container._apply_gate(gate_up)
+    return combined
+
+
+def _activated(container: Any, up: Tensor) -> Tensor:
+    activated: Tensor = container.act_fn(up)
+    return activated
+
+
+_PLAIN = {"is_transposed": False, "has_bias": False, "is_concatenated": True, "has_post_expert_norm": False}
+KINDS = (
+    Kind({**_PLAIN, "has_gate": True}, {"gate_up_proj": ("gate_proj", "up_proj"), "down_proj": ("down_proj",)}, _gated),
+    Kind({**_PLAIN, "has_gate": False}, {"up_proj": ("up_proj",), "down_proj": ("down_proj",)}, _activated),
+)
+_UNUSUAL = {
+    "is_transposed": "are stored [in, out]",
+    "has_bias": "have biases",
+    "is_concatenated": "interleave gate and up",
+    "has_post_expert_norm": "are followed by a norm",
+}
+
+
+class Expert(nn.Module):
+    """One expert: down(combine(gate(x), up(x))), or what its kind has for that."""
+
+    def __init__(self, container: Any, kind: Kind, linear: type[nn.Linear]) -> None:
         super().__init__()
-        self.gate_proj = linear(hidden, width, bias=False, device="meta", dtype=dtype)
-        self.up_proj = linear(hidden, width, bias=False, device="meta", dtype=dtype)
-        self.down_proj = linear(width, hidden, bias=False, device="meta", dtype=dtype)
+        for stack, parts in kind.stacks.items():
+            _, outputs, inputs = container.get_parameter(stack).shape
+            for part in parts:
+                made = linear(inputs, outputs // len(parts), bias=False, device="meta", dtype=container.get_parameter(stack).dtype)
+                self.add_module(part, made)
+
+    @property
+    def last(self) -> Any:
+        return self.down_proj
 
     def between(self, x_MH: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
         """What `down_proj` reads, [M, F]."""
-        return combine(torch.cat((self.gate_proj(x_MH), self.up_proj(x_MH)), dim=-1))
+        return combine(torch.cat([linear(x_MH) for name, linear in self.named_children() if name != "down_proj"], dim=-1))
 
     def forward(self, x_MH: Tensor, combine: Callable[[Tensor], Tensor]) -> Tensor:
-        return self.down_proj(self.between(x_MH, combine))
+        y_MH: Tensor = self.last(self.between(x_MH, combine))
+        return y_MH
 
 
 class Experts(nn.Module):
@@ -71,19 +112,20 @@ class Experts(nn.Module):
 
     def __init__(self, container: Any, *, visit_all: bool) -> None:
         super().__init__()
-        experts, hidden, width = container.down_proj.shape
-        for index in range(experts):
-            self.add_module(str(index), Expert(hidden, width, container.down_proj.dtype, EvenLinear if visit_all else nn.Linear))
-        self.num_experts = experts
+        kind = _kind(container)
+        assert kind is not None, refusal(container)
+        self.kind = kind
+        self.num_experts = container.down_proj.shape[0]
         self.visit_all = visit_all
+        for index in range(self.num_experts):
+            self.add_module(str(index), Expert(container, kind, EvenLinear if visit_all else nn.Linear))
         container._parameters.clear()
         # Kept for its activation and gating rule only; no submodule, because transformers initializes the parameters of that class.
         self.__dict__["container"] = container
 
-    def combine(self, gate_up_MF: Tensor) -> Tensor:
-        """What the family computes between the two products: [M, 2 F] -> [M, F]."""
-        combined: Tensor = self.__dict__["container"]._apply_gate(gate_up_MF)
-        return combined
+    def combine(self, outputs: Tensor) -> Tensor:
+        """What the family computes between the products: [M, 2 F] (without a gate [M, F]) -> [M, F]."""
+        return self.kind.combine(self.__dict__["container"], outputs)
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[T, H] of all tokens, [T, K] the experts each is sent to, [T, K] their weights -> [T, H]. Indices from E on mean no expert."""
@@ -117,35 +159,46 @@ class Experts(nn.Module):
         """The container again, with the weights that the linears have now."""
         container: Any = self.__dict__["container"]
         experts: list[Any] = list(self.children())
-        gate_up = [torch.cat((expert.gate_proj.weight, expert.up_proj.weight)) for expert in experts]
-        container.gate_up_proj = nn.Parameter(torch.stack(gate_up))
-        container.down_proj = nn.Parameter(torch.stack([expert.down_proj.weight for expert in experts]))
+        for stack, parts in self.kind.stacks.items():
+            values = [torch.cat([expert.get_submodule(part).weight for part in parts]) for expert in experts]
+            container.register_parameter(stack, nn.Parameter(torch.stack(values)))
         return container
 
 
 def is_container(module: nn.Module) -> bool:
     """True for a module of transformers that holds experts as stacked parameters, of any kind."""
-    return any(parameter.ndim == 3 for parameter in module._parameters.values() if parameter is not None) and hasattr(module, "num_experts")
+    return "Experts" in type(module).__name__ and any(p.ndim == 3 for p in module._parameters.values() if p is not None)
 
 
 def refusal(container: Any) -> str | None:
     """Why the experts of a container cannot be taken apart; None when they can."""
+    if _kind(container) is not None:
+        return None
     if not hasattr(container, "_apply_gate"):
         return "its forward is its own, not one of transformers' expert implementations"
-    for flag, wanted, meaning in (
-        ("has_gate", True, "have no gate"),
-        ("is_transposed", False, "are stored [in, out]"),
-        ("has_bias", False, "have biases"),
-        ("is_concatenated", True, "interleave gate and up"),
-        ("has_post_expert_norm", False, "are followed by a norm"),
-    ):
-        if getattr(container, flag) is not wanted:
+    for flag, meaning in _UNUSUAL.items():
+        if getattr(container, flag) not in {kind.flags[flag] for kind in KINDS}:
             return f"its experts {meaning}"
-    shapes = {name: tuple(p.shape) for name, p in container.named_parameters()}
-    down = shapes.get("down_proj", ())
-    if set(shapes) != set(FUSED) or len(down) != 3 or shapes["gate_up_proj"] != (down[0], 2 * down[2], down[1]):
-        return f"its parameters are {shapes}, not gate_up_proj [E, 2 F, H] and down_proj [E, H, F]"
-    return None
+    return f"its parameters are {_shapes(container)}, not [E, out, in] of " + " or ".join(", ".join(kind.stacks) for kind in KINDS)
+
+
+def _kind(container: Any) -> Kind | None:
+    return next((kind for kind in KINDS if _is(container, kind)), None)
+
+
+def _is(container: Any, kind: Kind) -> bool:
+    shapes = _shapes(container)
+    if not hasattr(container, "_apply_gate") or any(getattr(container, flag) is not value for flag, value in kind.flags.items()):
+        return False
+    if set(shapes) != set(kind.stacks) or any(len(shape) != 3 for shape in shapes.values()):
+        return False
+    (first, parts), (last, _) = kind.stacks.items()
+    (experts, outputs, hidden), (experts_too, hidden_too, width) = shapes[first], shapes[last]
+    return (experts, outputs, hidden) == (experts_too, len(parts) * width, hidden_too)
+
+
+def _shapes(container: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(parameter.shape) for name, parameter in container.named_parameters()}
 
 
 def replace_experts(model: nn.Module, *, visit_all: bool) -> list[str]:
@@ -162,14 +215,11 @@ def conversions(transforms: Iterable[Any], model: nn.Module) -> list[Any]:
 
     Raises InputError for experts that transformers makes in a way that no renaming describes.
     """
-    stacked = [f"{owner}.{leaf}" for owner in _replaced(model) for leaf in FUSED]
+    stacked = {f"{owner}.{stack}": parts for owner, experts in _replaced(model).items() for stack, parts in experts.kind.stacks.items()}
     changed: list[Any] = []
     for rule in transforms:
-        target = rule.target_patterns[0]
-        if isinstance(rule, WeightConverter) and any(name.endswith(target) for name in stacked):
-            changed += _renamings(rule, target)
-        else:
-            changed.append(rule)
+        made = [parts for name, parts in stacked.items() if isinstance(rule, WeightConverter) and name.endswith(rule.target_patterns[0])]
+        changed += _renamings(rule, made[0]) if made else [rule]
     return changed
 
 
@@ -183,12 +233,12 @@ def model_names(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bo
     converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
     prefix = getattr(model, "base_model_prefix", None)
     replaced, state = _replaced(model), model.state_dict()
+    stacked = {f"{owner}.{stack}" for owner, experts in replaced.items() for stack in experts.kind.stacks}
     for name in names:
         target, pattern = rename_source_key(name, renamings, converters, prefix, state)
         if target not in state and name in state:
             target, pattern = rename_source_key(name, [], [], prefix, state)
-        owner, _, leaf = target.rpartition(".")
-        if leaf in FUSED and any(known == owner or known.endswith(f".{owner}") for known in replaced):
+        if any(known == target or known.endswith(f".{target}") for known in stacked):
             raise InputError(
                 f"tensor {name} stores the experts of {type(model).__name__} stacked; "
                 "this version reads checkpoints that store each expert by itself"
@@ -196,14 +246,14 @@ def model_names(model: Any, names: Iterable[str]) -> Iterator[tuple[str, str, bo
         yield name, target, pattern is not None
 
 
-def _replaced(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, Experts)}
+def _replaced(model: nn.Module) -> dict[str, Experts]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, Experts)}
 
 
-def _renamings(rule: WeightConverter, target: str) -> list[WeightRenaming]:
+def _renamings(rule: WeightConverter, parts: tuple[str, ...]) -> list[WeightRenaming]:
     """experts.*.w1.weight, experts.*.w3.weight -> experts.gate_up_proj   becomes   experts.N.w1. -> experts.N.gate_proj. and so on."""
-    before, leaf = target[: target.rindex(".") + 1], target.rpartition(".")[2]
-    parts, made = _PARTS[leaf], []
+    before, dot, leaf = rule.target_patterns[0].rpartition(".")
+    made = []
     expected = [MergeModulelist, Concatenate][: len(parts)]
     sources = [source.replace("\\", "") for source in rule.source_patterns]
     if [type(op) for op in rule.operations] != expected or len(sources) != len(parts) or not all(s.endswith(".weight") for s in sources):
@@ -212,10 +262,10 @@ def _renamings(rule: WeightConverter, target: str) -> list[WeightRenaming]:
             "gptqkit knows only experts that are stacked as they are"
         )
     for source, part in zip(sources, parts, strict=True):
-        own = f"{before}*.{part}.weight"
+        own = f"{before}{dot}*.{part}.weight"
         if source != own:
             pattern = re.escape(source.removesuffix("weight")).replace(r"\*", r"(\d+)")
-            renaming = WeightRenaming(pattern, f"{before}\\1.{part}.")
+            renaming = WeightRenaming(pattern, f"{before}{dot}\\1.{part}.")
             renaming.scope_prefix, renaming.base_model_prefix = rule.scope_prefix, rule.base_model_prefix
             made.append(renaming)
     return made

@@ -52,7 +52,7 @@ class Coverage:
             if isinstance(module, Experts):
                 expert = module.get_submodule("0")
                 assert isinstance(expert, Expert)
-                wanted = min(SAMPLE_TOKENS, SAMPLE * max(expert.down_proj.in_features, expert.down_proj.out_features))
+                wanted = min(SAMPLE_TOKENS, SAMPLE * max(expert.last.in_features, expert.last.out_features))
                 # An odd step: an even one could meet the same place of every sequence.
                 self._samples[name] = deque(maxlen=batches)  # where the forward is repeated, the last pass counts
                 self._hooks.append(module.register_forward_pre_hook(self._sampler(name, tokens // wanted | 1), with_kwargs=True))
