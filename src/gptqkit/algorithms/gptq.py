@@ -105,6 +105,8 @@ class _Linear:
     def of(cls, weight_OI: Tensor, order: ColumnOrder, spec: LinearSpec, group: _Group) -> _Linear:
         energy = float(output_energy(weight_OI.T, group.gram_II))
         drift_IO = None if group.cross_II is None else (group.cross_II - group.gram_II) @ weight_OI.T
+        if drift_IO is not None and group.ahead_IO is not None:
+            drift_IO += group.ahead_IO
         quantized = _rounded(weight_OI, order, spec)
         usual_G = _squares_by_group(quantized.dequantize(weight_OI.dtype).sub_(weight_OI), quantized)
         linear = cls(weight_OI, energy, drift_IO, usual_G, rounded=_Judged(quantized, 0.0, 0.0, 0.0, 0.0))
@@ -136,6 +138,7 @@ class _Group:
     damp: float
     effort: Effort
     cross_II: Tensor | None = None
+    ahead_IO: Tensor | None = None
     follow: float = 0.0
     factors: list[tuple[Tensor, _Strength, Factor]] = field(default_factory=list)
 
@@ -166,6 +169,7 @@ def solve_group(
     effort: Effort = EFFORTS["fast"],
     name: str = "this linear",
     cross_II: Tensor | None = None,
+    ahead_IO: Tensor | None = None,
     follow: float = 0.5,
 ) -> list[Solution]:
     """Quantizes the linears [O_k, I] that read one input, given the mean Gram matrix [I, I] of that input.
@@ -173,6 +177,13 @@ def solve_group(
     order   natural, activation, group-aware or desc-act (order.py)
     damp    fraction for the damping rule (factor.py)
     name    what an error message calls the input group
+    cross_II   second stream: mean of x_q x_f^T [I, I], rows what the quantized model feeds the linears, columns what the original does
+    ahead_IO   mean of x_q (h_f - h_q)^T [I, O]: what the residual stream they add to is behind by (one linear only)
+    follow  alpha: how far the target moves towards the one that makes up for both
+
+    With a second stream the target is W* = W + alpha (W D^T + A^T) H^-1, D = C - H, A what is behind: for alpha = 1 the least-squares
+    optimum of ||W x_f + h_f - h_q - Y x_q||^2 (Arai & Ichikawa 2025, QEP, arXiv:2504.09629, without the residual stream; Lin et al. 2025,
+    LoaQ, arXiv:2509.06297, with it). Half of it fits other data better than all of it.
 
     Linears of equal spec are stacked and swept together; those of different spec still share the factorization when their permutation
     is the same. Computes in float32 (in float64 when `gram_II` is float64); the same input gives the same bytes. The arguments are not
@@ -185,7 +196,7 @@ def solve_group(
             f"{name}: the calibration inputs are not finite in {bad} of {gram_II.shape[0]} channels; the model overflows or holds NaN: "
             "try --dtype float32 (or bfloat16 instead of float16), or check the checkpoint with `gptqkit verify`"
         )
-    group = _Group(gram_II, order, damp, effort, cross_II, follow)
+    group = _Group(gram_II, order, damp, effort, cross_II, ahead_IO, follow)
     solutions: list[Solution | None] = [None] * len(specs)
     with torch.no_grad(), exact(), one_thread(gram_II.is_cpu and gram_II.shape[0] <= ONE_THREAD_FEATURES):
         for spec in dict.fromkeys(specs):

@@ -84,7 +84,8 @@ class Gram:
 
 
 class CrossGram:
-    """Running X_q^T X_f of two streams that see the same tokens: X_q what a linear reads in the quantized model, X_f in the original.
+    """Running X^T Y of the same tokens: X what a linear reads in the quantized model, Y what it reads in the original [M, I], or what its
+    output is behind by [M, C].
 
     >>> cross = CrossGram(1, "cpu")
     >>> cross.add(torch.tensor([[1.0], [3.0]]), torch.tensor([[2.0], [4.0]]))
@@ -92,31 +93,31 @@ class CrossGram:
     tensor([[7.]])
     """
 
-    def __init__(self, in_features: int, device: torch.device | str) -> None:
+    def __init__(self, in_features: int, device: torch.device | str, columns: int | None = None) -> None:
         self.tokens = 0
         self._blended = 0.0
-        self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self._sum_IC = torch.zeros(in_features, columns or in_features, dtype=torch.float32, device=device)
 
-    def add(self, x_MI: Tensor, original_MI: Tensor) -> None:
-        """Adds tokens of both streams, row by row the same ones (leading dimensions are flattened)."""
-        x_MI, original_MI = x_MI.reshape(-1, x_MI.shape[-1]), original_MI.reshape(-1, x_MI.shape[-1])
+    def add(self, x_MI: Tensor, other_MC: Tensor) -> None:
+        """Adds tokens, row by row the same ones (leading dimensions are flattened)."""
+        x_MI, other_MC = x_MI.reshape(-1, x_MI.shape[-1]), other_MC.reshape(-1, other_MC.shape[-1])
         self.tokens += x_MI.shape[0]
         step = _CUDA_TOKENS if x_MI.is_cuda else _CPU_TOKENS
         native = x_MI.is_cuda and x_MI.dtype in (torch.bfloat16, torch.float16)
         with short_operands() if x_MI.dtype == torch.bfloat16 else exact():
             for start in range(0, x_MI.shape[0], step):
-                left_MI, right_MI = x_MI[start : start + step], original_MI[start : start + step]
+                left_MI, right_MC = x_MI[start : start + step], other_MC[start : start + step]
                 if native:
-                    self._sum_II += torch.mm(left_MI.T, right_MI, out_dtype=torch.float32)
+                    self._sum_IC += torch.mm(left_MI.T, right_MC, out_dtype=torch.float32)
                 else:
-                    self._sum_II.addmm_(filled_rows(left_MI, torch.float32).T, filled_rows(right_MI, torch.float32))
+                    self._sum_IC.addmm_(filled_rows(left_MI, torch.float32).T, filled_rows(right_MC, torch.float32))
 
     def blend(self, both: Gram, tokens: float) -> None:
         """Adds the mean of a Gram, taken to be the same in both streams, as if it came from so many tokens."""
         self._blended += tokens
-        self._sum_II.add_(both.symmetric(), alpha=tokens / max(both.tokens, 1))
+        self._sum_IC.add_(both.symmetric(), alpha=tokens / max(both.tokens, 1))
 
     def finish(self) -> Tensor:
-        """The mean [I, I]: row an input of the quantized stream, column one of the original. Nothing can be added afterwards."""
-        mean_II, self._sum_II = self._sum_II, self._sum_II.new_empty(0, 0)
-        return mean_II.div_(max(self.tokens + self._blended, 1))
+        """The mean [I, C]. Nothing can be added afterwards."""
+        mean_IC, self._sum_IC = self._sum_IC, self._sum_IC.new_empty(0, 0)
+        return mean_IC.div_(max(self.tokens + self._blended, 1))

@@ -53,6 +53,10 @@ class Effort(NamedTuple):
     rounds: int
     damping: DampingRule
 
+    def limited(self, *, signed: bool) -> Effort:
+        """The same without negative scales, unless `signed` allows them."""
+        return self._replace(signed=self.signed and signed)
+
 
 class Swept(NamedTuple):
     """level_IO: code - zero, natural column order, and scale_GO, zero_GO, all in the compute dtype; objective_O: ||W - Q||_H^2 of each

@@ -71,7 +71,7 @@ def candidate_grids(weight_RC: Tensor, *, bits: int, sym: bool, signed: bool) ->
 
 
 def searched_grids(weight_RC: Tensor, importance_C: Tensor, *, bits: int, sym: bool, signed: bool = False, count: int = 1) -> list[Grid]:
-    """Of `candidate_grids` the `count` with the least weighted rounding error of each row: sum over c of importance_c (w - q)^2. Best first.
+    """Of `candidate_grids` the `count` with the least weighted rounding error of each row: sum over c of importance_c (w - q)^2.
 
     Clipping a few far weights makes the step finer for all others; how far to go depends on which columns matter, so a plain squared error
     (all importances equal) is the wrong measure, and often worse than not clipping at all. Ties go to the first, the widest.

@@ -30,19 +30,32 @@ from gptqkit.models.attention import WideAttention
 from gptqkit.models.layout import InputGroup
 from gptqkit.models.standin import Call, StopForward
 from gptqkit.pipeline.activations import Activations
+from gptqkit.pipeline.residual import BLOCK_INPUT
 
-OnInput = Callable[[int, Tensor, Tensor | None], None]
-"""(group index, what its linears read for one batch, and if a reference runs beside, what they read there: the same tokens row by row)."""
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What the linears of a group read for one batch. If a reference runs beside: what they read there, the same tokens row by row, and
+    how far the reference's residual stream is ahead of ours where the linear's output is added to it, if it is (residual.py)."""
+
+    x: Tensor
+    original: Tensor | None = None
+    ahead: Tensor | None = None
+
+
+OnInput = Callable[[int, Seen], None]
+"""(group index, what was seen for one batch)."""
 OnGroup = Callable[[int], None]
 """All batches of a group were seen: solve it and put the quantized weights into the block."""
 
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """What a linear reads; `tokens_M` says which tokens the rows are where a router chose them."""
+    """What a linear reads; `tokens_M` says which tokens the rows are where a router chose them; `stream` what its output is added to."""
 
     x: Tensor
     tokens_M: Tensor | None
+    stream: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,11 +77,14 @@ class BlockPass:
     hidden: Activations
     last: bool = False
     reference: Reference | None = None
+    anchors: Sequence[str | None] = ()
+    """By group, where the residual stream can be seen that its output is added to (residual.py); () for none at all."""
 
     def run(self, *, paused: bool, on_input: OnInput, on_group: OnGroup) -> None:
         """`paused` holds all batches in flight; else the forward is replayed per group. Equal results.
 
-        After the `last` block nothing reads the outputs: the forward ends with its last group, and `hidden` is not replaced.
+        After the `last` block nothing reads the outputs: the forward ends with its last group, and `hidden` is not replaced. With a
+        reference, `hidden` stays as well and only the reference moves on: its outputs are what the block can still be tuned towards.
         """
         if paused and not any(group.revisited for group in self.groups):
             self._paused(on_input, on_group)
@@ -76,14 +92,16 @@ class BlockPass:
             self._replayed(on_input, on_group)
 
     def propagate(self) -> None:
-        """Only replaces `hidden` by the outputs."""
-        for block, hidden in self._streams():
-            with WideAttention():
-                for batch, call in enumerate(self.calls):
-                    hidden[batch] = call.run(block, hidden[batch])
+        """Only replaces `hidden` by the outputs; the reference stays where it is."""
+        _propagate(self.block, self.calls, self.hidden)
+
+    def propagate_reference(self) -> None:
+        """Only replaces the reference's activations by its outputs."""
+        if self.reference is not None:
+            _propagate(self.reference.block, self.calls, self.reference.hidden)
 
     def _paused(self, on_input: OnInput, on_group: OnGroup) -> None:
-        streams = [_Flights(block, self.groups, self.calls, hidden) for block, hidden in self._streams()]
+        streams = [_Flights(block, self.groups, self.calls, hidden, self.anchors) for block, hidden in self._streams()]
         try:
             for index in range(len(self.groups)):
                 for flights in streams:
@@ -93,9 +111,10 @@ class BlockPass:
                 for flights in streams:
                     flights.arrivals.clear()
                 on_group(index)
-            if not self.last:
-                for flights in streams:
-                    flights.land()
+            if self.reference is not None:
+                streams[1].land()
+            elif not self.last:
+                streams[0].land()
         finally:
             for flights in streams:
                 flights.close()
@@ -107,24 +126,34 @@ class BlockPass:
                 for readings in zip(*seen, strict=True):
                     _offer(on_input, index, readings)
             on_group(index)
-        if not self.last:
+        if self.reference is not None:
+            self.propagate_reference()
+        elif not self.last:
             self.propagate()
 
     def _inputs(self, index: int, revisited: bool, block: nn.Module, call: Call, hidden_BTH: Tensor) -> list[Reading]:
         """What the group reads in one forward, which ends there unless the group is visited again."""
         seen: list[Reading] = []
+        anchor = self.anchors[index] if self.anchors else None
+        passed = {BLOCK_INPUT: hidden_BTH}
 
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            seen.append(_reading(inputs, named))
+            seen.append(_reading(inputs, named, None if anchor is None else passed[anchor]))
             if not revisited:
                 raise StopForward
 
-        handle = _leader(block, self.groups[index]).register_forward_pre_hook(hook, with_kwargs=True)
+        def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            passed[str(anchor)] = _first(inputs, named)
+
+        handles = [_leader(block, self.groups[index]).register_forward_pre_hook(hook, with_kwargs=True)]
+        if anchor:
+            handles.append(block.get_submodule(anchor).register_forward_pre_hook(note, with_kwargs=True))
         try:
             with suppress(StopForward), WideAttention():
                 call.run(block, hidden_BTH)
         finally:
-            handle.remove()
+            for handle in handles:
+                handle.remove()
         return seen
 
     def _streams(self) -> list[tuple[nn.Module, Activations]]:
@@ -135,15 +164,21 @@ class BlockPass:
 class _Flights:
     """The forwards of one block over all batches, each paused at the first linear of a group."""
 
-    def __init__(self, block: nn.Module, groups: Sequence[InputGroup], calls: Sequence[Call], hidden: Activations) -> None:
+    def __init__(
+        self, block: nn.Module, groups: Sequence[InputGroup], calls: Sequence[Call], hidden: Activations, anchors: Sequence[str | None]
+    ) -> None:
         self.arrivals: list[Reading] = []
         self._block = block
         self._hidden = hidden
         self._main = greenlet.getcurrent()
         self._reached = -1
+        self._anchors = anchors or [None] * len(groups)
+        self._passed: dict[tuple[object, str], Tensor] = {}
         self._hooks = [
             _leader(block, group).register_forward_pre_hook(self._pause(index), with_kwargs=True) for index, group in enumerate(groups)
         ]
+        for anchor in {anchor for anchor in self._anchors if anchor}:
+            self._hooks.append(block.get_submodule(anchor).register_forward_pre_hook(self._note(anchor), with_kwargs=True))
         self._flights = [greenlet.greenlet(call.run) for call in calls]
 
     def advance(self, index: int) -> None:
@@ -151,7 +186,7 @@ class _Flights:
         self._reached = index - 1
         with WideAttention():  # around the switches, not inside a flight: modes nest by call order, which flights do not keep
             for batch, flight in enumerate(self._flights):
-                arrival = flight.switch() if flight else flight.switch(self._block, self._hidden[batch])
+                arrival = flight.switch() if flight else flight.switch(self._block, self._start(flight, batch))
                 if not isinstance(arrival, tuple) or arrival[0] != index:
                     raise InputError(
                         f"{type(self._block).__name__}: its forward takes another path for batch {batch} than the probe saw; "
@@ -159,9 +194,16 @@ class _Flights:
                     )
                 self.arrivals.append(arrival[1])
 
+    def _start(self, flight: object, batch: int) -> Tensor:
+        hidden_BTH = self._hidden[batch]
+        if BLOCK_INPUT in self._anchors:
+            self._passed[flight, BLOCK_INPUT] = hidden_BTH
+        return hidden_BTH
+
     def land(self) -> None:
         """Every batch to the end; the outputs replace the inputs."""
         self._reached = len(self._hooks)
+        self._passed.clear()
         with WideAttention():
             for batch, flight in enumerate(self._flights):
                 self._hidden[batch] = flight.switch()
@@ -176,9 +218,23 @@ class _Flights:
     def _pause(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             if index > self._reached:
-                self._main.switch((index, _reading(inputs, named)))
+                anchor = self._anchors[index]
+                stream = None if anchor is None else self._passed.pop((greenlet.getcurrent(), anchor))
+                self._main.switch((index, _reading(inputs, named, stream)))
 
         return hook
+
+    def _note(self, anchor: str) -> Callable[..., None]:
+        def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
+            self._passed[greenlet.getcurrent(), anchor] = _first(inputs, named)
+
+        return hook
+
+
+def _propagate(block: nn.Module, calls: Sequence[Call], hidden: Activations) -> None:
+    with WideAttention():
+        for batch, call in enumerate(calls):
+            hidden[batch] = call.run(block, hidden[batch])
 
 
 def _leader(block: nn.Module, group: InputGroup) -> nn.Module:
@@ -186,13 +242,23 @@ def _leader(block: nn.Module, group: InputGroup) -> nn.Module:
     return block.get_submodule(group.linears[0].name)
 
 
-def _reading(inputs: tuple[Any, ...], named: dict[str, Any]) -> Reading:
-    return Reading(inputs[0] if inputs else next(iter(named.values())), ROUTED.get())
+def _first(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:
+    value: Tensor = inputs[0] if inputs else next(iter(named.values()))
+    return value
+
+
+def _reading(inputs: tuple[Any, ...], named: dict[str, Any], stream: Tensor | None) -> Reading:
+    return Reading(_first(inputs, named), ROUTED.get(), stream)
 
 
 def _offer(on_input: OnInput, index: int, readings: Sequence[Reading]) -> None:
-    own, *reference = readings
-    on_input(index, own.x, _aligned(own, reference[0]) if reference else None)
+    own = readings[0]
+    if len(readings) == 1:
+        on_input(index, Seen(own.x))
+        return
+    reference = readings[1]
+    ahead = None if own.stream is None or reference.stream is None else reference.stream.float() - own.stream.float()
+    on_input(index, Seen(own.x, _aligned(own, reference), ahead))
 
 
 def _aligned(own: Reading, reference: Reading) -> Tensor:

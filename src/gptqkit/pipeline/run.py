@@ -35,7 +35,8 @@ from gptqkit.pipeline.journal import FOLDER, Journal
 from gptqkit.pipeline.plan import KeptTensor, Prepared, prepare
 from gptqkit.pipeline.preflight import check_disk, check_output, clear_output, fingerprint, fixed_options
 from gptqkit.pipeline.recipe import recipe_text
-from gptqkit.pipeline.stream import LinearRecord, Stream, quantize_blocks
+from gptqkit.pipeline.stream import Stream, quantize_blocks
+from gptqkit.pipeline.worker import LinearRecord
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
