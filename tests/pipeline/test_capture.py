@@ -12,24 +12,24 @@ from tests.tiny import FAMILIES, save_tiny, token_ids
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
-from gptqkit.pipeline.capture import BlockPass, Reading, Reference, _aligned
+from gptqkit.pipeline.capture import BlockPass, Reading, Reference, Seen, _aligned
 
 CPU = torch.device("cpu")
 
 
-Seen = tuple[int, torch.Tensor, torch.Tensor | None]
+Row = tuple[int, torch.Tensor, torch.Tensor | None]
 
 
-def run(folder: Path, *, paused: bool, reference: bool = False, factor: float = 1.1) -> tuple[list[Seen], list[torch.Tensor]]:
+def run(folder: Path, *, paused: bool, reference: bool = False, factor: float = 1.1) -> tuple[list[Row], list[torch.Tensor]]:
     """What every group saw and what came out, with each linear perturbed once its group was seen (as quantizing does)."""
     model = StreamedModel.open(folder, device=CPU, dtype=torch.float32)
     batches = [torch.tensor(token_ids(2, 16, seed=seed)) for seed in range(3)]
     calls, hidden = CallStore(), Activations(3, device=CPU, place=CPU)
     original = hidden.sibling("original") if reference else None
-    seen: list[Seen] = []
+    seen: list[Row] = []
 
-    def see(group: int, x: torch.Tensor, other: torch.Tensor | None) -> None:
-        seen.append((group, x.clone(), None if other is None else other.clone()))
+    def see(group: int, batch: Seen) -> None:
+        seen.append((group, batch.x.clone(), None if batch.original is None else batch.original.clone()))
 
     with torch.inference_mode():
         with model.loaded_outside():
@@ -61,7 +61,7 @@ def test_paused_equals_replayed(family: str, tmp_path: Path) -> None:
     assert all(torch.equal(a, b) for a, b in zip(out_paused, out_replayed, strict=True))
 
 
-def assert_same(one: list[Seen], other: list[Seen]) -> None:
+def assert_same(one: list[Row], other: list[Row]) -> None:
     for (group, x, original), (other_group, other_x, other_original) in zip(one, other, strict=True):
         assert group == other_group
         assert torch.equal(x, other_x)
