@@ -184,9 +184,7 @@ def test_verify_holds_and_fails(checkpoint: Path, tmp_path: Path, capsys: pytest
     assert shard.name in "".join(capsys.readouterr())
 
 
-def test_doctor_with_and_without_a_model(
-    checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_doctor_with_and_without_a_model(checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(["doctor"]) == 0
     assert "torch" in capsys.readouterr().out
     assert run(["doctor", str(checkpoint)]) == 0
