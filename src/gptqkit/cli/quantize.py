@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gptqkit import api
+from gptqkit.cli.budget import describe_budget
 from gptqkit.cli.failures import guard
 from gptqkit.cli.options import Debug, Device, Dtype, Json, Model, Out, Overwrite, TrustRemoteCode, parse_size
 from gptqkit.cli.output import Answer, duration, facts, number, percent, size, table
@@ -118,14 +119,19 @@ def recipe_line(config: QuantConfig) -> str:
     'gptq, 3 bits, asymmetric, one group per row, order group-aware, format gptq'
     """
     groups = "one group per row" if config.group_size == -1 else f"groups of {config.group_size}"
+    bits = f"{config.bits} bits"
+    if config.target_bits is not None:
+        bits, groups = f"{config.target_bits:g} bits on average", "groups by measurement"
     order = f", order {config.column_order}" if config.method == "gptq" else ""
-    return f"{config.method}, {config.bits} bits, {'symmetric' if config.sym else 'asymmetric'}, {groups}{order}, format {config.format}"
+    return f"{config.method}, {bits}, {'symmetric' if config.sym else 'asymmetric'}, {groups}{order}, format {config.format}"
 
 
 def describe_run(data: Mapping[str, Any], model: str, out: str, config: QuantConfig) -> str:
     """The last words of a run: the worst linears, the totals, and what to type next."""
     linears = list(data["linears"])
     parts = [f"{model} -> {out}", recipe_line(config)]
+    if data["budget"]:
+        parts += ["", describe_budget(data["budget"])]
     if linears:
         parts += ["", _worst_linears(linears)]
     pairs = [

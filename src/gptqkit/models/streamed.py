@@ -59,6 +59,13 @@ class StreamedModel:
         """
         return StreamedModel(copy.deepcopy(self.skeleton), self.layout, weights, self.device, self.dtype)
 
+    def with_dtype(self, dtype: torch.dtype, *, trust_remote_code: bool = False) -> StreamedModel:
+        """The same model, computing in another dtype. Raises InputError as `open`."""
+        if dtype == self.dtype:
+            return self
+        skeleton = build_skeleton(self.skeleton.config, dtype, trust_remote_code=trust_remote_code)
+        return StreamedModel(skeleton, self.layout, self.weights, self.device, dtype)
+
     @property
     def block_count(self) -> int:
         return len(self.layout.blocks)

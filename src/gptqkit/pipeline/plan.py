@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +23,20 @@ from gptqkit.models.device import available_memory, resolve_device, resolve_dtyp
 from gptqkit.models.layout import InputGroup
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.models.weights import DenseWeights
+from gptqkit.pipeline.units import config_for, equal_allocation, find_units
+from gptqkit.pipeline.units import linear_name as linear_name
 
 LIBRARY_BYTES = 150 << 20
 """What a run's first use of the libraries costs whatever the model: lazily imported modules, the tokenizer, thread pools, kernel caches."""
 
 BATCH_TOKENS = {"cpu": 4096, "cuda": 16384}
 """Tokens of one forward. Fixed per device type, never derived from free memory: batch shape decides the last bits of a result."""
+
+
+PROBES, PROBE_TOKENS = 8, 512
+"""For a bit budget: sequences that judge how much a unit matters, and the most tokens of each (sensitivity.py)."""
+FIT_TOKENS = 32768
+"""Tokens that units are quantized with to be judged, and at least twice as many as a linear has inputs, if there are so many."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +69,8 @@ class Memory:
     """Where hidden states wait between blocks: "device", "ram" or "disk"."""
     activations: int
     peak: int
+    room: int
+    """Bytes that may wait there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,12 +137,10 @@ def prepare(
     streamed = StreamedModel.open(folder, device=on, dtype=compute, trust_remote_code=trust_remote_code)
     weights = streamed.weights
     assert isinstance(weights, DenseWeights)
-    linears, skipped = _linears(streamed, config)
+    settled = config if config.target_bits is None else _before_measuring(streamed, config, config.target_bits)
+    linears, skipped, kept, after = _sizes(streamed, settled)
     events = list(_notes(streamed, config, seqlen))
     seqlen = min(seqlen, streamed.context or seqlen)
-    planned = {f"{linear.name}.weight" for linear in linears}
-    kept = _kept(streamed, weights, planned, {tensor.name for tensor in skipped})
-    after = sum(_packed_bytes(linear) for linear in linears) + sum(tensor.bytes for tensor in (*kept, *skipped))
     plan = Plan(
         model=folder.resolve().name,
         blocks=streamed.block_count,
@@ -143,11 +151,43 @@ def prepare(
         size_after=after,
         device=str(on),
         dtype=str(compute).removeprefix("torch."),
-        memory=predict_memory(streamed, samples * seqlen if config.method == "gptq" else 0, memory),
+        memory=_memory(streamed, config, samples * seqlen, memory),
         seqlen=seqlen,
         events=tuple(events),
     )
     return Prepared(folder, streamed, weights, plan)
+
+
+def replan(prepared: Prepared, config: QuantConfig) -> Prepared:
+    """The same with other rules: what a bit budget has chosen."""
+    linears, skipped, kept, after = _sizes(prepared.model, config)
+    return replace(prepared, plan=replace(prepared.plan, linears=linears, skipped=skipped, kept=kept, size_after=after))
+
+
+def _memory(model: StreamedModel, config: QuantConfig, tokens: int, budget: int | None) -> Memory:
+    memory = predict_memory(model, tokens if config.method == "gptq" else 0, budget)
+    if config.target_bits is None:
+        return memory
+    units = sum(not unit.fixed for unit in find_units(model, config))
+    return replace(memory, peak=max(memory.peak, predict_measuring(model, memory, tokens, units)))
+
+
+def _before_measuring(model: StreamedModel, config: QuantConfig, target_bits: float) -> QuantConfig:
+    """Stands in for what a bit budget will choose: right in size, and refused where no choice would do."""
+    if config.method == "rtn":
+        raise InputError(f"target_bits measures with calibration text, and method {config.method} reads none; use --method gptq")
+    units = find_units(model, config)
+    return config_for(config, units, equal_allocation(units, target_bits))
+
+
+def _sizes(
+    model: StreamedModel, config: QuantConfig
+) -> tuple[tuple[PlannedLinear, ...], tuple[KeptTensor, ...], tuple[KeptTensor, ...], int]:
+    """Linears to quantize, those that a rule skips, everything else, and bytes afterwards."""
+    linears, skipped = _linears(model, config)
+    kept = _kept(model, {f"{linear.name}.weight" for linear in linears}, {tensor.name for tensor in skipped})
+    after = sum(_packed_bytes(linear) for linear in linears) + sum(tensor.bytes for tensor in (*kept, *skipped))
+    return linears, skipped, kept, after
 
 
 def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Memory:
@@ -183,7 +223,20 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Mem
         + (stored if place == "device" or (model.device.type == "cpu" and place == "ram") else 0)
         + max(block_bytes + max(flight + working, flight + at_solve), outside + working)
     )
-    return Memory(paused, place, stored, peak)
+    return Memory(paused, place, stored, peak, {"device": device_budget, "ram": host_budget, "disk": stored}[place])
+
+
+def predict_measuring(model: StreamedModel, memory: Memory, tokens: int, units: int) -> int:
+    """Peak bytes of measuring `units` for a bit budget: a block in float32 and its codes, tokens in flight, the solver, all that waits."""
+    hidden = model.skeleton.config.get_text_config().hidden_size
+    blocks = [_BlockCost.of(groups) for groups in set(model.layout.blocks)]
+    widest = max(group.in_features for groups in set(model.layout.blocks) for group in groups)
+    fit, probe = min(tokens, max(FIT_TOKENS, 2 * widest)), min(tokens, PROBES * PROBE_TOKENS)
+    flight = fit if memory.paused else min(fit, BATCH_TOKENS[model.device.type])
+    block = max(5 * b.parameters + 8 * b.largest + 4 * flight * (3 * hidden + b.width) + b.solver for b in blocks)
+    waiting = 4 * hidden * (fit + probe) + min(memory.room, 4 * hidden * probe * units)
+    resident = LIBRARY_BYTES if model.device.type == "cpu" else 0
+    return resident + block + (0 if memory.place == "disk" or (memory.place == "ram" and model.device.type == "cuda") else waiting)
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,11 +275,6 @@ def _linears(model: StreamedModel, config: QuantConfig) -> tuple[tuple[PlannedLi
     return tuple(planned), tuple(skipped)
 
 
-def linear_name(model: StreamedModel, block: int, linear: str) -> str:
-    """The checkpoint's name of a linear, without `.weight`."""
-    return model.disk_name[f"{model.layout.block_name(block)}.{linear}.weight"].removesuffix(".weight")
-
-
 def _check(name: str, spec: LinearSpec, out_features: int, in_features: int, config: QuantConfig) -> None:
     if spec.group_size != -1 and in_features % spec.group_size:
         fitting = [str(size) for size in (32, 64, 128, 256) if in_features % size == 0] + ["-1"]
@@ -245,6 +293,15 @@ def _notes(model: StreamedModel, config: QuantConfig, seqlen: int) -> list[Event
         notes.append(
             Event("warning", f"seqlen {seqlen} is longer than the model's context; using {model.context}", {"seqlen": model.context})
         )
+    if config.target_bits is not None:
+        notes.append(
+            Event(
+                "note",
+                f"target_bits={config.target_bits:g}: the run measures which linear needs how many bits; a plan made before has the "
+                "right size, but takes all weights for equally important",
+                {"target_bits": config.target_bits},
+            )
+        )
     if config.desc_act:
         notes.append(
             Event(
@@ -256,8 +313,10 @@ def _notes(model: StreamedModel, config: QuantConfig, seqlen: int) -> list[Event
     return notes
 
 
-def _kept(model: StreamedModel, weights: DenseWeights, planned: set[str], skipped: set[str]) -> tuple[KeptTensor, ...]:
+def _kept(model: StreamedModel, planned: set[str], skipped: set[str]) -> tuple[KeptTensor, ...]:
     reasons = {model.disk_name[kept.name]: kept.reason for kept in model.layout.kept}
+    weights = model.weights
+    assert isinstance(weights, DenseWeights)
     return tuple(
         KeptTensor(name, reasons.get(name, "not a parameter of the model"), _nbytes(model, name))
         for name in weights.names

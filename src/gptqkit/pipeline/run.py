@@ -30,9 +30,10 @@ from gptqkit.hf.skeleton import transformers_version
 from gptqkit.models.device import MemoryMeter
 from gptqkit.models.layout import LINEAR_OUTSIDE, UNQUANTIZED_LINEARS
 from gptqkit.models.weights import open_weights
+from gptqkit.pipeline.budget import Budget, spend
 from gptqkit.pipeline.card import model_card
 from gptqkit.pipeline.journal import FOLDER, Journal
-from gptqkit.pipeline.plan import KeptTensor, Prepared, prepare
+from gptqkit.pipeline.plan import KeptTensor, Plan, Prepared, prepare
 from gptqkit.pipeline.preflight import check_disk, check_output, clear_output, fingerprint, fixed_options
 from gptqkit.pipeline.recipe import recipe_text
 from gptqkit.pipeline.stream import Stream, quantize_blocks
@@ -69,6 +70,7 @@ class Run:
     predicted_memory  what the plan said it would be
     device_memory     the peak on the accelerator, 0 on a CPU
     recipe            the one that the options were taken from, if any; gptqkit/recipe.yaml holds the options that were used
+    budget            how `target_bits` was spent, if it was given
     """
 
     out: Path
@@ -90,6 +92,7 @@ class Run:
     inputs: dict[str, Any]
     events: tuple[Event, ...]
     recipe: RecipeUse | None
+    budget: Budget | None
 
     @property
     def format(self) -> str:
@@ -105,6 +108,7 @@ class Run:
             "linears": [asdict(record) for record in self.linears],
             "check": None if self.check is None else self.check.to_dict(),
             "recipe": None if self.recipe is None else asdict(self.recipe),
+            "budget": None if self.budget is None else self.budget.to_dict(),
         }
 
 
@@ -123,14 +127,21 @@ def run_job(job: Job, emit: Emit) -> Run:
             if job.overwrite:
                 clear_output(job.out)
             _begin(journal, inputs)
-            stream = Stream(prepared.model, source, prepared.plan, job.config, journal, recorder)
+            config, budget = job.config, None
+            if config.target_bits is not None:
+                with recorder.phase("budget", "measuring how much each linear matters"):
+                    prepared, config, budget = spend(
+                        config.target_bits, prepared, config, calibration.ids, journal, recorder, trust_remote_code=job.trust_remote_code
+                    )
+            _tell_skipped(prepared.plan, recorder)
+            stream = Stream(prepared.model, source, prepared.plan, config, journal, recorder)
             with recorder.phase("quantize", "quantizing"):
                 records = quantize_blocks(stream, calibration.ids)
             with recorder.phase("write", "completing the checkpoint"):
                 _finish_checkpoint(stream, prepared, records)
             with recorder.phase("check", "reading it back"):
                 check = _check(stream, prepared, calibration.held_back)
-            run = _result(job, prepared, calibration, records, check, meter, inputs, recorder)
+            run = _result(job, prepared, calibration, records, check, budget, meter, inputs, recorder)
             with recorder.phase("publish", "publishing"):
                 _publish(run, journal, job)
         if check is not None and not check.perplexity < float("inf"):
@@ -170,9 +181,7 @@ def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
         check_disk(job.out, prepared.plan, reused=job.resume or job.overwrite)
         for event in prepared.plan.events:
             emit(event)
-        unasked = [tensor for tensor in prepared.plan.kept if tensor.reason == LINEAR_OUTSIDE]
-        for tensor in (*prepared.plan.skipped, *unasked):
-            emit(Event("skip", f"{tensor.name} stays in full precision: {tensor.reason}", {"name": tensor.name}))
+        unasked = _unasked(prepared.plan)
         if job.strict and unasked:
             names = ", ".join(tensor.name for tensor in unasked)
             raise InputError(
@@ -185,6 +194,16 @@ def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
             seqlen=prepared.plan.seqlen, seed=job.seed, trust_remote_code=job.trust_remote_code, emit=emit,
         )  # fmt: skip
     return prepared, calibration
+
+
+def _tell_skipped(plan: Plan, emit: Emit) -> None:
+    """One event for each linear that is left in full precision."""
+    for tensor in (*plan.skipped, *_unasked(plan)):
+        emit(Event("skip", f"{tensor.name} stays in full precision: {tensor.reason}", {"name": tensor.name}))
+
+
+def _unasked(plan: Plan) -> list[KeptTensor]:
+    return [tensor for tensor in plan.kept if tensor.reason == LINEAR_OUTSIDE]
 
 
 def _begin(journal: Journal, inputs: dict[str, Any]) -> None:
@@ -243,8 +262,8 @@ def _check(stream: Stream, prepared: Prepared, held_back: list[Tensor]) -> Evalu
 
 
 def _result(
-    job: Job, prepared: Prepared, calibration: CalibrationSet, records: list[LinearRecord], check: Evaluation | None, meter: MemoryMeter,
-    inputs: dict[str, Any], recorder: _Recorder,
+    job: Job, prepared: Prepared, calibration: CalibrationSet, records: list[LinearRecord], check: Evaluation | None,
+    budget: Budget | None, meter: MemoryMeter, inputs: dict[str, Any], recorder: _Recorder,
 ) -> Run:  # fmt: skip
     plan = prepared.plan
     weights = sum(record.shape[0] * record.shape[1] for record in records)
@@ -276,6 +295,7 @@ def _result(
         inputs=inputs,
         events=tuple(recorder.events),
         recipe=job.recipe,
+        budget=budget,
     )
 
 

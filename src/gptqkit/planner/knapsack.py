@@ -19,7 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _SLACK = 1e-12
-"""Of the largest costs: sums of the same costs in another order differ in their last bits, and the bound must not drop the best for that."""
+"""Of the largest costs: sums of the same costs in another order differ in their last bits, and the bound must not drop the best for it."""
 
 
 class Option(NamedTuple):
