@@ -212,10 +212,25 @@ def test_a_changed_option_is_refused_with_both_values(model: Path, tmp_path: Pat
         gptqkit.quantize(model, tmp_path / "out", CONFIG, resume=True, calibration=token_ids(seed=9), samples=12, seqlen=32)
 
 
-def test_rtn_needs_no_calibration(model: Path, tmp_path: Path) -> None:
-    run = gptqkit.quantize(model, tmp_path / "out", QuantConfig(method="rtn", group_size=32))
+@pytest.mark.parametrize("method", ["rtn", "hqq"])
+def test_methods_that_need_no_calibration(method: str, model: Path, tmp_path: Path) -> None:
+    events: list[Event] = []
+    config = QuantConfig(method=method, group_size=32)
+    run = gptqkit.quantize(model, tmp_path / "out", config, emit=events.append)
     assert run.check is None
-    assert {record.method for record in run.linears} == {"rtn"}
+    assert {record.method for record in run.linears} == {method}
+    assert {record.tokens for record in run.linears} == {0}
+    assert "embed" not in {event.data.get("name") for event in events}, "nothing is run forward"
+    with pytest.raises(InputError, match=f"desc_act needs calibration, and method {method} has none"):
+        gptqkit.plan(model, QuantConfig(method=method, group_size=32, desc_act=True))
+
+
+def test_hqq_scales_are_positive_on_request(model: Path, tmp_path: Path) -> None:
+    for signed in (True, False):
+        out = tmp_path / str(signed)
+        gptqkit.quantize(model, out, QuantConfig(method="hqq", group_size=32, signed_scales=signed))
+        scales = [v for path in out.glob("*.safetensors") for k, v in load_file(path).items() if k.endswith(".scales")]
+        assert any(bool((scale < 0).any()) for scale in scales) is signed
 
 
 def test_rules_change_and_skip_linears(model: Path, tmp_path: Path) -> None:

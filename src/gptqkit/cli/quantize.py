@@ -35,7 +35,9 @@ def quantize(
         typer.Option(metavar="X", help="Mean bits per weight, e.g. 3.5: bits and groups of each linear are chosen by measurement."),
     ] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric grid, or zero points. [default: sym]")] = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME", help="How codes are chosen: gptq, rtn. [default: gptq]")] = None,
+    method: Annotated[
+        str | None, typer.Option(metavar="NAME", help="How codes are chosen: gptq; without calibration hqq, rtn. [default: gptq]")
+    ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="How much work goes into it: plain (textbook GPTQ), fast, best. [default: fast]")
     ] = None,

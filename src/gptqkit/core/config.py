@@ -16,7 +16,9 @@ from gptqkit.core.errors import InputError
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
-METHODS = ("gptq", "rtn")
+METHODS = ("gptq", "rtn", "hqq")
+UNCALIBRATED = ("rtn", "hqq")
+"""Methods that look at the weights alone: no calibration text is read, and no forward is run."""
 PRESETS = ("plain", "fast", "best")
 ORDERS = ("natural", "activation", "group-aware")
 FORMAT_NAMES = ("gptq", "gptq_v2", "compressed-tensors")
@@ -97,7 +99,7 @@ class QuantConfig:
     target_bits mean stored bits per weight, 2 to 16: bits and group size of each linear are then chosen by measurement, and `bits` and
                 `group_size` only complete the rules. None: every linear gets `bits` and `group_size`
     sym         symmetric grid (zero point in the middle); False stores zero points
-    method      how codes are chosen: "gptq", or "rtn" (round to nearest; needs no calibration)
+    method      how codes are chosen: "gptq", or without calibration "rtn" (round to nearest) and "hqq" (grids fitted to the weights)
     preset      how much work GPTQ puts into it: "plain" (the textbook, for comparison), "fast", "best"
     signed_scales  symmetric scales may be negative, so that the longer side of the grid faces the longer tail; False for engines
                 that take only positive ones
@@ -145,6 +147,11 @@ class QuantConfig:
     def column_order(self) -> str:
         """The order the solver runs in: one of ORDERS, or "desc-act"."""
         return "desc-act" if self.desc_act else self.order or ("natural" if self.preset == "plain" else "group-aware")
+
+    @property
+    def needs_calibration(self) -> bool:
+        """Whether the method looks at activations."""
+        return self.method not in UNCALIBRATED
 
     def spec(self, name: str) -> LinearSpec | None:
         """The spec of the linear called `name`, or None when a rule skips it."""

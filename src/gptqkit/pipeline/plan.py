@@ -165,7 +165,7 @@ def replan(prepared: Prepared, config: QuantConfig) -> Prepared:
 
 
 def _memory(model: StreamedModel, config: QuantConfig, tokens: int, budget: int | None) -> Memory:
-    memory = predict_memory(model, tokens if config.method == "gptq" else 0, budget)
+    memory = predict_memory(model, tokens if config.needs_calibration else 0, budget)
     if config.target_bits is None:
         return memory
     units = sum(not unit.fixed for unit in find_units(model, config))
@@ -174,7 +174,7 @@ def _memory(model: StreamedModel, config: QuantConfig, tokens: int, budget: int 
 
 def _before_measuring(model: StreamedModel, config: QuantConfig, target_bits: float) -> QuantConfig:
     """Stands in for what a bit budget will choose: right in size, and refused where no choice would do."""
-    if config.method == "rtn":
+    if not config.needs_calibration:
         raise InputError(f"target_bits measures with calibration text, and method {config.method} reads none; use --method gptq")
     units = find_units(model, config)
     return config_for(config, units, equal_allocation(units, target_bits))
@@ -270,8 +270,8 @@ def _linears(model: StreamedModel, config: QuantConfig) -> tuple[tuple[PlannedLi
     for rule in config.rules:
         if not any(re.search(rule.pattern, name) for name in names):
             raise InputError(f"--rule {rule.pattern!r} matches no linear; names look like {names[0]}")
-    if config.method == "rtn" and config.desc_act:
-        raise InputError("desc_act needs calibration, and method rtn has none; drop --desc-act or use --method gptq")
+    if config.desc_act and not config.needs_calibration:
+        raise InputError(f"desc_act needs calibration, and method {config.method} has none; drop --desc-act or use --method gptq")
     return tuple(planned), tuple(skipped)
 
 

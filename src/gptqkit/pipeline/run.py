@@ -187,7 +187,7 @@ def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
             raise InputError(
                 f"--strict: {names} would stay in full precision, since only the blocks are quantized; run without --strict to accept that"
             )
-        if job.config.method == "rtn":
+        if not job.config.needs_calibration:
             return prepared, CalibrationSet([], [], {"kind": "none", "sha256": None}, "")
         calibration = load_calibration(
             job.calibration, tokenizer_folder=prepared.folder, vocab_size=prepared.model.vocabulary, samples=job.samples,

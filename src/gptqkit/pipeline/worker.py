@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from gptqkit.algorithms.gptq import EFFORTS, solve_group
 from gptqkit.algorithms.gram import CrossGram, Gram
+from gptqkit.algorithms.hqq import half_quadratic
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.checkpoint.source import TensorSource
 from gptqkit.core.config import LinearSpec, QuantConfig
@@ -81,7 +82,7 @@ class BlockWorker:
         weights_OI = [self._weight(info) for info, _, _ in chosen]
         specs = [spec for _, _, spec in chosen]
         if grams.own is None:
-            results = [_rounded(weight_OI, spec) for weight_OI, spec in zip(weights_OI, specs, strict=True)]
+            results = [_uncalibrated(weight_OI, spec, self.config) for weight_OI, spec in zip(weights_OI, specs, strict=True)]
         else:
             results = self._solved(weights_OI, specs, inputs, grams, ", ".join(name for _, name, _ in chosen))
         seconds = (time.perf_counter() - started) / len(chosen)
@@ -179,10 +180,10 @@ class _Grams:
             self.ahead.add(seen.x, seen.ahead.to(seen.x.dtype))
 
 
-def _rounded(weight_OI: Tensor, spec: LinearSpec) -> tuple[QuantizedWeight, dict[str, Any]]:
-    weight = round_to_nearest(weight_OI, spec)
+def _uncalibrated(weight_OI: Tensor, spec: LinearSpec, config: QuantConfig) -> tuple[QuantizedWeight, dict[str, Any]]:
+    weight = half_quadratic(weight_OI, spec, signed=config.signed_scales) if config.method == "hqq" else round_to_nearest(weight_OI, spec)
     change = float((weight.dequantize() - weight_OI).norm() / weight_OI.norm().clamp(min=1e-30))
-    return weight, dict(method="rtn", error=None, weight_change=change, damp=None, events=())
+    return weight, dict(method=config.method, error=None, weight_change=change, damp=None, events=())
 
 
 def put_weight(model: StreamedModel, index: int, info: LinearInfo, weight: QuantizedWeight) -> None:
