@@ -152,6 +152,7 @@ class Quantizer(HfQuantizer):
         self.experts: list[str] = []
         self.stacking: list[Any] = []
         self.unstacking: list[Any] = []
+        self.prepared: Any = None
 
     @property
     def is_trainable(self) -> bool:
@@ -168,6 +169,7 @@ class Quantizer(HfQuantizer):
     def _process_model_before_weight_loading(self, model: Any, checkpoint_files: Any = None, **kwargs: Any) -> Any:
         if not checkpoint_files:
             raise InputError("a quantized model is loaded from its files; state_dict= cannot be passed with it")
+        self.prepared = model
         tensor_names, packed = self.binding.read(self.quantization_config.to_dict(), [str(file) for file in checkpoint_files])
         if _stacks(model, packed):
             self.experts = replace_experts(model, visit_all=False)
@@ -181,15 +183,19 @@ class Quantizer(HfQuantizer):
         _check_complete(model, tensor_names, [f"{target}." for target in self.dense_classes])
         return model
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: Any) -> list[Any]:
-        """Quantized experts stay apart: where transformers would stack them, each is found by a renaming instead."""
-        stock = super().update_weight_conversions(weight_conversions, model)
-        own = conversions(stock, model)
+    def update_weight_conversions(self, weight_conversions: list[Any], model: Any = None) -> list[Any]:
+        """Quantized experts stay apart: where transformers would stack them, each is found by a renaming instead.
+
+        transformers before 5.18 does not say for which model: it is the one that was prepared last.
+        """
+        stock = super().update_weight_conversions(weight_conversions, *([] if model is None else [model]))
+        own = conversions(stock, model if model is not None else self.prepared)
         self.stacking = [rule for rule in stock if not _among(rule, own)]
         self.unstacking = [rule for rule in own if not _among(rule, stock)]
         return own
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
+        self.prepared = None
         for module in model.modules():
             if self.binding.owns(module):
                 module.__dict__.pop("weight", None)
