@@ -153,6 +153,11 @@ class QuantConfig:
         """Whether the method looks at activations."""
         return self.method not in UNCALIBRATED
 
+    @property
+    def second_stream(self) -> bool:
+        """Whether the original model runs beside the quantized one."""
+        return self.preset == "best"
+
     def spec(self, name: str) -> LinearSpec | None:
         """The spec of the linear called `name`, or None when a rule skips it."""
         for rule in self.rules:

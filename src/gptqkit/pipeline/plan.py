@@ -165,7 +165,7 @@ def replan(prepared: Prepared, config: QuantConfig) -> Prepared:
 
 
 def _memory(model: StreamedModel, config: QuantConfig, tokens: int, budget: int | None) -> Memory:
-    memory = predict_memory(model, tokens if config.needs_calibration else 0, budget)
+    memory = predict_memory(model, tokens if config.needs_calibration else 0, budget, streams=1 + config.second_stream)
     if config.target_bits is None:
         return memory
     units = sum(not unit.fixed for unit in find_units(model, config))
@@ -190,21 +190,24 @@ def _sizes(
     return linears, skipped, kept, after
 
 
-def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Memory:
+def predict_memory(model: StreamedModel, tokens: int, budget: int | None, *, streams: int = 1) -> Memory:
     """Peak bytes of a run over `tokens` calibration tokens, and where its activations fit.
 
     One block, its activations and one Gram matrix with the solver's copies of it, or the embedding and head, whichever is more:
 
         hidden     tokens x H                                    between blocks
         in flight  tokens x (3 H + widest input + outputs before it)   paused; one batch only when replayed
-        solver     3 I^2 + 4 rows x I, float32                   Gram, damped copy, factor; weights, targets, codes, errors
+        solver     3 I^2 + 6 rows x I, float32                   Gram, damped copy, factor; weights, targets, codes, errors, pull
+
+    With two streams everything that belongs to activations is there twice, the block as well, and the solver holds what the streams have
+    in common (2 I^2) and what follows from it (3 rows x I).
     """
     element = model.dtype.itemsize
     hidden = model.skeleton.config.get_text_config().hidden_size
     batch = min(tokens, BATCH_TOKENS[model.device.type])
-    stored = tokens * hidden * element
-    blocks = [_BlockCost.of(groups) for groups in set(model.layout.blocks)]
-    in_flight = tokens * max((3 * hidden + b.width) * element for b in blocks)
+    stored = streams * tokens * hidden * element
+    blocks = [_BlockCost.of(groups, streams) for groups in set(model.layout.blocks)]
+    in_flight = streams * tokens * max((3 * hidden + b.width) * element for b in blocks)
     host_budget = available_memory(torch.device("cpu")) // 2 if budget is None else budget
     device_budget = host_budget
     if model.device.type == "cuda":
@@ -213,7 +216,7 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Mem
     paused = stored + in_flight <= device_budget
     place = "device" if paused or stored <= device_budget else "ram" if stored <= host_budget else "disk"
     working = batch * max((3 * hidden + 2 * b.width) * element for b in blocks)
-    block_bytes = max((b.parameters * element + 2 * b.largest * 4) for b in blocks)
+    block_bytes = max((streams * b.parameters * element + 2 * b.largest * 4) for b in blocks)
     flight = in_flight if paused else 0
     at_solve = max(b.solver for b in blocks) if tokens else 0
     outside = sum(p.numel() for n, p in model.skeleton.named_parameters() if not n.startswith(model.layout.path + ".")) * element
@@ -229,7 +232,7 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None) -> Mem
 def predict_measuring(model: StreamedModel, memory: Memory, tokens: int, units: int) -> int:
     """Peak bytes of measuring `units` for a bit budget: a block in float32 and its codes, tokens in flight, the solver, all that waits."""
     hidden = model.skeleton.config.get_text_config().hidden_size
-    blocks = [_BlockCost.of(groups) for groups in set(model.layout.blocks)]
+    blocks = [_BlockCost.of(groups, 1) for groups in set(model.layout.blocks)]
     widest = max(group.in_features for groups in set(model.layout.blocks) for group in groups)
     fit, probe = min(tokens, max(FIT_TOKENS, 2 * widest)), min(tokens, PROBES * PROBE_TOKENS)
     flight = fit if memory.paused else min(fit, BATCH_TOKENS[model.device.type])
@@ -247,11 +250,12 @@ class _BlockCost:
     solver: int
 
     @classmethod
-    def of(cls, groups: tuple[InputGroup, ...]) -> _BlockCost:
+    def of(cls, groups: tuple[InputGroup, ...], streams: int) -> _BlockCost:
         outputs = [sum(linear.out_features for linear in group.linears) for group in groups]
         before = [0, *outputs[:-1]]
         sizes = [linear.out_features * linear.in_features for group in groups for linear in group.linears]
-        solver = max(4 * (3 * g.in_features**2 + 4 * out * g.in_features) for g, out in zip(groups, outputs, strict=True))
+        squares, rows = (3, 6) if streams == 1 else (5, 9)
+        solver = max(4 * (squares * g.in_features**2 + rows * out * g.in_features) for g, out in zip(groups, outputs, strict=True))
         return cls(max(g.in_features + b for g, b in zip(groups, before, strict=True)), sum(sizes), max(sizes), solver)
 
 

@@ -93,7 +93,7 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
     batches = make_batches(sequences, stream.model.device)
     with torch.inference_mode():
         calls, hidden = _embed(stream, batches)
-        original = _second_stream(stream, hidden) if stream.config.preset == "best" and batches else None
+        original = _second_stream(stream, hidden) if stream.config.second_stream and batches else None
         stream.emit(Event("stage", "quantizing blocks", {"name": "blocks"}))
         for index in range(stream.plan.blocks):
             if max(group.in_features for group in stream.model.layout.blocks[index]) >= WIDE:

@@ -28,8 +28,8 @@ from gptqkit.pipeline.activations import Activations
 
 RATE = 2e-3
 """Learning rate of Adam on the logarithm of the scales, falling linearly to 0. 1e-3 and 5e-3 were no better at 2, 3 and 4 bits."""
-STEP_TOKENS = 1024
-"""Tokens of one step. One pass over the training tokens; four passes gained nothing more."""
+STEP_TOKENS, MOST_TOKENS = 1024, 32768
+"""Tokens of one step and of all steps. Each token is seen once: four passes over twice as many gained nothing more."""
 HELD_BACK = 1 / 8
 """Share of the batches that judge instead of training."""
 
@@ -116,7 +116,7 @@ class _Tuner:
             return sum(float(self._loss(batch, slice(None))) for batch in batches) / len(batches)
 
     def descend(self, batches: Sequence[int]) -> None:
-        """One pass of Adam. Deterministic: batches in order, nothing drawn."""
+        """Adam. Deterministic: batches in order, nothing drawn."""
         optimizer = torch.optim.Adam([linear.log_OG for linear in self.linears.values()], lr=RATE, betas=(0.9, 0.95))
         steps = list(self._steps(batches))
         for number, (batch, rows) in enumerate(steps):
@@ -126,11 +126,14 @@ class _Tuner:
             optimizer.step()
 
     def _steps(self, batches: Sequence[int]) -> Iterator[tuple[int, slice]]:
+        left = MOST_TOKENS
         for batch in batches:
             sequences, length = self._inputs[batch].shape[:2]
             step = max(1, STEP_TOKENS // length)
             for start in range(0, sequences, step):
-                yield batch, slice(start, start + step)
+                if left > 0:
+                    yield batch, slice(start, start + step)
+                left -= step * length
 
     def _loss(self, batch: int, rows: slice) -> Tensor:
         # Clones: what was computed under inference mode cannot be saved for backward.
