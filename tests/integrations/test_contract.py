@@ -135,7 +135,7 @@ def test_initialization_respects_the_flag_on_tensors() -> None:
 
 def test_expert_containers_describe_themselves() -> None:
     source = inspect.getsource(moe.use_experts_implementation)
-    for flag in ("has_gate", "has_bias", "is_transposed", "is_concatenated", "has_post_expert_norm"):
+    for flag in ("has_gate", "has_bias", "is_transposed", "is_concatenated"):
         assert f"self.{flag} = {flag}" in source, f"a container of experts no longer says {flag}: {EXPERTS} (refusal)"
     assert "_apply_gate" in source, f"containers have no _apply_gate any more: {EXPERTS} (Experts.combine)"
     experts = build_model("qwen3_moe").model.layers[0].mlp.experts

@@ -170,6 +170,11 @@ def is_container(module: nn.Module) -> bool:
     return "Experts" in type(module).__name__ and any(p.ndim == 3 for p in module._parameters.values() if p is not None)
 
 
+def _says(container: Any, flag: str) -> Any:
+    """What a container says of itself. Before transformers 5.18 there was no norm after experts, and no flag for one."""
+    return getattr(container, flag, False) if flag == "has_post_expert_norm" else getattr(container, flag)
+
+
 def refusal(container: Any) -> str | None:
     """Why the experts of a container cannot be taken apart; None when they can."""
     if _kind(container) is not None:
@@ -177,7 +182,7 @@ def refusal(container: Any) -> str | None:
     if not hasattr(container, "_apply_gate"):
         return "its forward is its own, not one of transformers' expert implementations"
     for flag, meaning in _UNUSUAL.items():
-        if getattr(container, flag) not in {kind.flags[flag] for kind in KINDS}:
+        if _says(container, flag) not in {kind.flags[flag] for kind in KINDS}:
             return f"its experts {meaning}"
     return f"its parameters are {_shapes(container)}, not [E, out, in] of " + " or ".join(", ".join(kind.stacks) for kind in KINDS)
 
@@ -188,7 +193,7 @@ def _kind(container: Any) -> Kind | None:
 
 def _is(container: Any, kind: Kind) -> bool:
     shapes = _shapes(container)
-    if not hasattr(container, "_apply_gate") or any(getattr(container, flag) is not value for flag, value in kind.flags.items()):
+    if not hasattr(container, "_apply_gate") or any(_says(container, flag) is not value for flag, value in kind.flags.items()):
         return False
     if set(shapes) != set(kind.stacks) or any(len(shape) != 3 for shape in shapes.values()):
         return False
