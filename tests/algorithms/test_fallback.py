@@ -7,9 +7,8 @@ import torch
 from tests.algorithms.cases import gram, h_norm, inputs, weight
 from torch import Tensor
 
-from gptqkit.algorithms import factor as factor_module
-from gptqkit.algorithms.factor import damping, even_damping, factorize
-from gptqkit.algorithms.gptq import CHANGE_LIMIT, solve_group
+from gptqkit.algorithms.factor import damping, even_damping, factorize, mean_damping
+from gptqkit.algorithms.gptq import CHANGE_LIMIT, EFFORTS, solve_group
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.errors import InputError
@@ -36,8 +35,11 @@ def test_dead_columns_are_rounded_and_do_not_disturb_the_others(order: str) -> N
     assert solution.method == "gptq"
     assert torch.equal(solution.weight.codes_OI[:, live_I], without.weight.codes_OI)
     dead_OI = solution.weight.dequantize(torch.float64)[:, 32:64]
-    assert torch.equal(dead_OI, round_to_nearest(weight_OI[:, 32:64], SPEC).dequantize(torch.float64))
-    assert bool(dead_OI.any())
+    rounded_OI = round_to_nearest(weight_OI[:, 32:64], SPEC).dequantize(torch.float64)
+    assert bool(((dead_OI - weight_OI[:, 32:64]).square().sum(1) <= (rounded_OI - weight_OI[:, 32:64]).square().sum(1)).all())
+    step_OI = solution.weight.scale_OG.double().abs()[:, solution.weight.column_groups()[32:64]]
+    held_OI = (dead_OI / step_OI).abs() < 7  # inside the range of both signs
+    assert bool(((dead_OI - weight_OI[:, 32:64]).abs() <= 0.5 * step_OI)[held_OI].all())
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -54,11 +56,11 @@ def test_near_dead_channels_stay_where_they_are(order: str, dtype: torch.dtype) 
         assert solution.weight_change < 5 * float(rounded.norm() / weight_OI.norm())
 
 
-def test_proportional_damping_would_blow_up_and_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_proportional_damping_would_blow_up_and_is_caught() -> None:
     """The rule that failed on a real model (lambda_j proportional to H_jj, no floor): refused, then saved by the even damping."""
     gram_II, weight_OI = gram(whispering(1e-6)), weight(16, 96, 0)
-    monkeypatch.setattr(factor_module, "damping", lambda diagonal_I, damp: damp * diagonal_I)
-    (solution,) = solve_group([weight_OI], gram_II, [SPEC], order="group-aware", damp=0.01)
+    effort = EFFORTS["fast"]._replace(damping=lambda diagonal_I, damp: damp * diagonal_I)
+    (solution,) = solve_group([weight_OI], gram_II, [SPEC], order="group-aware", damp=0.01, effort=effort)
     assert solution.method == "gptq"
     assert solution.damp == 0.01
     assert len(solution.events) == 1
@@ -101,15 +103,21 @@ def massive(loudness: float, seed: int = 2) -> tuple[Tensor, Tensor, Tensor]:
     return gram(x_MI[:2000]), gram(x_MI[2000:]), weight(24, 192, seed)
 
 
-def test_massive_channels_do_not_drown_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_massive_channels_do_not_drown_the_rest() -> None:
     """The floor follows the median: a mean dominated by three channels thirty times as loud damps all the others to death."""
     errors = []
-    for rule in (damping, lambda diagonal_I, damp: torch.full_like(diagonal_I, damp * float(diagonal_I.mean()))):
-        monkeypatch.setattr(factor_module, "damping", rule)
+    for rule in (damping, mean_damping):
         error = 0.0
         for seed in range(4):
             gram_II, held_out_II, weight_OI = massive(30.0, seed)
-            (solution,) = solve_group([weight_OI], gram_II, [LinearSpec(4, 64, True)], order="activation", damp=0.01)
+            (solution,) = solve_group(
+                [weight_OI],
+                gram_II,
+                [LinearSpec(4, 64, True)],
+                order="activation",
+                damp=0.01,
+                effort=EFFORTS["fast"]._replace(damping=rule),
+            )
             error += h_norm(solution.weight.dequantize(torch.float64) - weight_OI, held_out_II) / h_norm(weight_OI, held_out_II)
         errors.append(error)
     assert errors[0] < 0.9 * errors[1]

@@ -10,24 +10,37 @@ from torch import Tensor
 
 from gptqkit.algorithms import gptq as gptq_module
 from gptqkit.algorithms.factor import damping, factorize
-from gptqkit.algorithms.gptq import output_energy, solve_group
+from gptqkit.algorithms.gptq import EFFORTS, output_energy, solve_group
 from gptqkit.algorithms.order import column_order
 from gptqkit.algorithms.rtn import round_to_nearest
-from gptqkit.algorithms.sweep import sweep
+from gptqkit.algorithms.sweep import Effort, sweep
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.errors import InputError
 
 ORDERS = ("natural", "activation", "group-aware", "desc-act")
+GRIDS = {
+    "minmax": Effort("minmax", signed=False, rounds=0, damping=damping),
+    "pivot": Effort("pivot", signed=False, rounds=0, damping=damping),
+    "exact": Effort("exact", signed=False, rounds=0, damping=damping),
+    "exact-signed": Effort("exact", signed=True, rounds=0, damping=damping),
+}
 
 
 def damped(gram_II: Tensor, damp: float) -> Tensor:
     return gram_II + torch.diag(damping(gram_II.diagonal(), damp))
 
 
-def oracle_for(weight_OI: Tensor, gram_II: Tensor, spec: LinearSpec, order_name: str, damp: float = 0.01) -> tuple[Tensor, Tensor, Tensor]:
+def oracle_for(weight_OI: Tensor, gram_II: Tensor, spec: LinearSpec, order_name: str, effort: Effort) -> tuple[Tensor, Tensor, Tensor]:
     order = column_order(gram_II.diagonal(), order_name, spec.group_size)
     return obvious_gptq(
-        weight_OI, damped(gram_II, damp), order.columns_I, order.group_I, bits=spec.bits, sym=spec.sym, fixed_grids=order.fixed_grids
+        weight_OI,
+        damped(gram_II, 0.01),
+        order.columns_I,
+        order.group_I,
+        bits=spec.bits,
+        sym=spec.sym,
+        fixed_grids=order.fixed_grids,
+        effort=effort,
     )
 
 
@@ -38,16 +51,17 @@ def accept_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("accept_all")
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("group_size", [32, 64, 128, -1])
 @pytest.mark.parametrize("sym", [True, False])
-def test_equal_codes_with_the_obvious_gptq(order: str, group_size: int, sym: bool) -> None:
+def test_equal_codes_with_the_obvious_gptq(grid: str, order: str, group_size: int, sym: bool) -> None:
     """200 columns: every group size but -1 leaves a narrower last group."""
     for seed, bits in enumerate((2, 3, 4, 8)):
-        x_MI, weight_OI = inputs(600, 200, seed), weight(24, 200, seed)
+        x_MI, weight_OI = inputs(600, 200, seed), weight(4, 200, seed)
         spec = LinearSpec(bits, group_size, sym)
-        (solution,) = solve_group([weight_OI], gram(x_MI), [spec], order=order, damp=0.01)
-        codes_OI, values_OI, _ = oracle_for(weight_OI, gram(x_MI), spec, order)
+        (solution,) = solve_group([weight_OI], gram(x_MI), [spec], order=order, damp=0.01, effort=GRIDS[grid])
+        codes_OI, values_OI, _ = oracle_for(weight_OI, gram(x_MI), spec, order, GRIDS[grid])
         assert torch.equal(solution.weight.codes_OI.double(), codes_OI), f"{bits} bits"
         assert torch.equal(solution.weight.dequantize(torch.float64), values_OI)
         assert solution.weight.group_size == group_size
@@ -55,31 +69,78 @@ def test_equal_codes_with_the_obvious_gptq(order: str, group_size: int, sym: boo
 
 
 @pytest.mark.usefixtures("accept_all")
+@pytest.mark.parametrize("grid", GRIDS)
 @pytest.mark.parametrize("order", ORDERS)
-def test_equal_codes_in_float32(order: str) -> None:
+def test_equal_codes_in_float32(grid: str, order: str) -> None:
     """Float32 rounds differently in the two. A weight halfway between two codes, or a scale halfway between two float16 values, may
     fall on either side and drag its row along: one row in 24 may differ, and its objective must not."""
     for seed in range(3):
         x_MI, weight_OI = inputs(1024, 128, seed, torch.float32), weight(24, 128, seed, torch.float32)
         spec = LinearSpec(4, 32, True)
-        (solution,) = solve_group([weight_OI], gram(x_MI), [spec], order=order, damp=0.01)
-        codes_OI, values_OI, _ = oracle_for(weight_OI, gram(x_MI), spec, order)
+        (solution,) = solve_group([weight_OI], gram(x_MI), [spec], order=order, damp=0.01, effort=GRIDS[grid])
+        codes_OI, values_OI, _ = oracle_for(weight_OI, gram(x_MI), spec, order, GRIDS[grid])
         assert int((solution.weight.codes_OI.float() != codes_OI).any(1).sum()) <= 1
         change_OI = solution.weight.dequantize() - weight_OI
         assert h_norm(change_OI, gram(x_MI)) == pytest.approx(h_norm(values_OI - weight_OI, gram(x_MI)), rel=5e-3)
 
 
+@pytest.mark.parametrize("effort", EFFORTS.values(), ids=EFFORTS.keys())
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("bits", [2, 4])
-def test_objective_is_the_sum_of_squared_steps(order: str, bits: int) -> None:
+def test_objective_is_the_sum_of_squared_steps(order: str, bits: int, effort: Effort) -> None:
     x_MI, weight_OI = inputs(500, 192, 7), weight(16, 192, 7)
     gram_II = gram(x_MI)
-    plan = column_order(gram_II.diagonal(), order, 64)
-    swept = sweep(weight_OI.T.contiguous(), factorize(gram_II, plan.columns_I, 0.01), plan, LinearSpec(bits, 64, False))
-    values_OI = ((swept.codes_IO - swept.zero_GO[plan.group_I]) * swept.scale_GO[plan.group_I]).T
-    change_OI = values_OI - weight_OI
-    expected_O = ((change_OI @ damped(gram_II, 0.01)) * change_OI).sum(1)
-    torch.testing.assert_close(swept.objective_O, expected_O, rtol=1e-9, atol=0)
+    for sym in (True, False):
+        plan = column_order(gram_II.diagonal(), order, 64)
+        swept = sweep(weight_OI.T.contiguous(), factorize(gram_II, plan.columns_I, 0.01), plan, LinearSpec(bits, 64, sym), effort)
+        change_OI = (swept.level_IO * swept.scale_GO[plan.group_I]).T - weight_OI
+        expected_O = ((change_OI @ damped(gram_II, 0.01)) * change_OI).sum(1)
+        torch.testing.assert_close(swept.objective_O, expected_O, rtol=1e-9, atol=0)
+
+
+def test_what_is_tried_harder_comes_nearer() -> None:
+    """Objectives of the whole range of grids, summed over seeds: each step of the search and the refinement pays."""
+    efforts = [GRIDS["minmax"], GRIDS["pivot"], GRIDS["exact"], GRIDS["exact-signed"], EFFORTS["fast"]]
+    for bits in (2, 3, 4):
+        totals = [0.0] * len(efforts)
+        for seed in range(4):
+            gram_II, weight_OI = gram(inputs(600, 192, seed)), weight(24, 192, seed)
+            for k, effort in enumerate(efforts):
+                (solution,) = solve_group([weight_OI], gram_II, [LinearSpec(bits, 64, True)], order="group-aware", damp=0.01, effort=effort)
+                totals[k] += solution.error / solution.error_rounded
+        assert totals == sorted(totals, reverse=True), f"{bits} bits: {totals}"
+
+
+def test_positive_scales_when_engines_want_them() -> None:
+    gram_II, weight_OI = gram(inputs(400, 128, 0)), weight(16, 128, 0)
+    for preset, effort in EFFORTS.items():
+        for signed in (True, False):
+            limited = effort.limited(signed=signed)
+            (solution,) = solve_group([weight_OI], gram_II, [LinearSpec(3, 32, True)], order="natural", damp=0.01, effort=limited)
+            assert bool((solution.weight.scale_OG < 0).any()) is (signed and preset != "plain")
+
+
+@pytest.mark.parametrize("follow", [0.5, 1.0])
+def test_a_second_stream_moves_the_target(follow: float) -> None:
+    """W + alpha (W (C - H)^T + A^T) H^-1 as an ordinary target: the same codes; and with alpha = 1 the least-squares optimum itself."""
+    generator = torch.Generator().manual_seed(4)
+    x_MI, weight_OI = inputs(800, 96, 4), weight(12, 96, 4)
+    original_MI = x_MI + 0.2 * inputs(800, 96, 5)
+    behind_MO = 0.01 * torch.randn(800, 12, generator=generator, dtype=torch.float64)
+    gram_II = damped(gram(x_MI), 0.01)
+    cross_II, ahead_IO = x_MI.T @ original_MI / 800, x_MI.T @ behind_MO / 800
+    drift_IO = (cross_II - gram(x_MI)) @ weight_OI.T + ahead_IO
+    target_OI = weight_OI + follow * torch.linalg.solve(gram_II, drift_IO).T
+    spec, same = LinearSpec(3, 32, True), dict(order="group-aware", damp=0.01)
+    (solution,) = solve_group([weight_OI], gram(x_MI), [spec], cross_II=cross_II, ahead_IO=ahead_IO, follow=follow, **same)
+    (direct,) = solve_group([target_OI], gram(x_MI), [spec], **same)
+    assert (solution.method, direct.method) == ("gptq", "gptq")
+    assert torch.equal(solution.weight.codes_OI, direct.weight.codes_OI)
+    assert torch.equal(solution.weight.scale_OG, direct.weight.scale_OG)
+    if follow == 1.0:
+        wanted_MO = original_MI @ weight_OI.T + behind_MO
+        ridge_OI = torch.linalg.solve(gram_II, x_MI.T @ (wanted_MO - x_MI @ weight_OI.T) / 800).T
+        torch.testing.assert_close(target_OI, weight_OI + ridge_OI, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("order", ORDERS)
@@ -118,12 +179,15 @@ def test_one_factorization_serves_all_specs_of_equal_permutation(monkeypatch: py
 
 @pytest.mark.parametrize("order", ["activation", "desc-act", "group-aware"])
 def test_permuting_columns_commutes(order: str) -> None:
-    """Renaming channels renames the codes; with one group per row the grids do not depend on neighbours either."""
+    """Renaming channels renames the codes; with one group per row the grids do not depend on neighbours either. (Refinement visits columns
+    as they are stored.)"""
     x_MI, weight_OI = inputs(400, 96, 5), weight(12, 96, 5)
     shuffle_I = torch.randperm(96, generator=torch.Generator().manual_seed(5))
     spec = LinearSpec(4, -1, False)
-    (plain,) = solve_group([weight_OI], gram(x_MI), [spec], order=order, damp=0.01)
-    (moved,) = solve_group([weight_OI[:, shuffle_I]], gram(x_MI)[shuffle_I][:, shuffle_I], [spec], order=order, damp=0.01)
+    (plain,) = solve_group([weight_OI], gram(x_MI), [spec], order=order, damp=0.01, effort=GRIDS["exact-signed"])
+    (moved,) = solve_group(
+        [weight_OI[:, shuffle_I]], gram(x_MI)[shuffle_I][:, shuffle_I], [spec], order=order, damp=0.01, effort=GRIDS["exact-signed"]
+    )
     assert torch.equal(moved.weight.codes_OI, plain.weight.codes_OI[:, shuffle_I])
 
 
@@ -131,8 +195,10 @@ def test_permuting_whole_groups_commutes_with_group_aware_order() -> None:
     x_MI, weight_OI = inputs(400, 96, 6), weight(12, 96, 6)
     shuffle_I = torch.cat([torch.arange(64, 96), torch.arange(32), torch.arange(32, 64)])
     spec = LinearSpec(3, 32, True)
-    (plain,) = solve_group([weight_OI], gram(x_MI), [spec], order="group-aware", damp=0.01)
-    (moved,) = solve_group([weight_OI[:, shuffle_I]], gram(x_MI)[shuffle_I][:, shuffle_I], [spec], order="group-aware", damp=0.01)
+    (plain,) = solve_group([weight_OI], gram(x_MI), [spec], order="group-aware", damp=0.01, effort=GRIDS["exact-signed"])
+    (moved,) = solve_group(
+        [weight_OI[:, shuffle_I]], gram(x_MI)[shuffle_I][:, shuffle_I], [spec], order="group-aware", damp=0.01, effort=GRIDS["exact-signed"]
+    )
     assert torch.equal(moved.weight.codes_OI, plain.weight.codes_OI[:, shuffle_I])
 
 
@@ -177,14 +243,14 @@ def test_output_energy_by_blocks(features: int) -> None:
 
 
 def test_zero_weight_and_no_tokens() -> None:
-    """Nothing to quantize, and nothing known about the inputs (a Gram of zeros): rounding, no division by zero."""
+    """Nothing to quantize, and nothing known about the inputs (a Gram of zeros): the nearest weight, no division by zero."""
     spec = LinearSpec(4, 32, False)
     (zeros,) = solve_group([torch.zeros(4, 64)], gram(inputs(100, 64, 0, torch.float32)), [spec], order="group-aware", damp=0.01)
     assert not zeros.weight.dequantize().any()
     assert (zeros.error, zeros.weight_change) == (0.0, 0.0)
     weight_OI = weight(4, 64, 0, torch.float32)
     (blind,) = solve_group([weight_OI], torch.zeros(64, 64), [spec], order="group-aware", damp=0.01)
-    assert torch.equal(blind.weight.codes_OI, round_to_nearest(weight_OI, spec).codes_OI)
+    assert blind.weight_change <= float((round_to_nearest(weight_OI, spec).dequantize() - weight_OI).norm() / weight_OI.norm())
     assert blind.dead == 64
 
 
