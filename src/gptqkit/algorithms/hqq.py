@@ -36,8 +36,10 @@ COLUMN_LIMIT = 16.0
 """No column counts more than this many average ones: a group must not be fitted to a single one."""
 
 
-def half_quadratic(weight_OI: Tensor, spec: LinearSpec, *, signed: bool = True) -> QuantizedWeight:
+def half_quadratic(weight_OI: Tensor, spec: LinearSpec, *, signed: bool = True, importance_I: Tensor | None = None) -> QuantizedWeight:
     """Quantizes [O, I] without calibration. `signed` lets symmetric scales be negative.
+
+    importance_I  [I], what a squared error in each column counts, for those who know it; None judges by the weights
 
     >>> half_quadratic(torch.tensor([[-1.0, 0.5, 0.25, 2.0]]), LinearSpec(bits=4, group_size=-1, sym=True)).dequantize()
     tensor([[-1.0000,  0.5000,  0.2500,  2.0000]])
@@ -47,7 +49,7 @@ def half_quadratic(weight_OI: Tensor, spec: LinearSpec, *, signed: bool = True) 
     out_features, in_features = weight_OI.shape
     size = in_features if spec.group_size == -1 else spec.group_size
     groups = group_count(in_features, spec.group_size)
-    importance_I = column_importance(weight_OI)
+    importance_I = column_importance(weight_OI) if importance_I is None else importance_I
     codes_OI = torch.empty(out_features, in_features, dtype=torch.uint8, device=weight_OI.device)
     scale_OG = torch.empty(out_features, groups, dtype=torch.float16, device=weight_OI.device)
     zero_OG = torch.empty(out_features, groups, dtype=torch.uint8, device=weight_OI.device)

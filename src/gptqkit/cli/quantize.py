@@ -36,7 +36,8 @@ def quantize(
     ] = None,
     sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric grid, or zero points. [default: sym]")] = None,
     method: Annotated[
-        str | None, typer.Option(metavar="NAME", help="How codes are chosen: gptq; without calibration hqq, rtn. [default: gptq]")
+        str | None,
+        typer.Option(metavar="NAME", help="How codes are chosen: gptq, awq, awq+gptq; without calibration hqq, rtn. [default: gptq]"),
     ] = None,
     preset: Annotated[
         str | None, typer.Option(metavar="NAME", help="How much work goes into it: plain (textbook GPTQ), fast, best. [default: fast]")
@@ -124,7 +125,7 @@ def recipe_line(config: QuantConfig) -> str:
     bits = f"{config.bits} bits"
     if config.target_bits is not None:
         bits, groups = f"{config.target_bits:g} bits on average", "groups by measurement"
-    order = f", order {config.column_order}" if config.method == "gptq" else ""
+    order = f", order {config.column_order}" if config.solves else ""
     return f"{config.method}, {bits}, {'symmetric' if config.sym else 'asymmetric'}, {groups}{order}, format {config.format}"
 
 

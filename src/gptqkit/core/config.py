@@ -16,7 +16,7 @@ from gptqkit.core.errors import InputError
 
 BITS = (2, 3, 4, 5, 6, 7, 8)
 GROUP_SIZES = (32, 64, 128, 256, -1)
-METHODS = ("gptq", "rtn", "hqq")
+METHODS = ("gptq", "awq", "awq+gptq", "rtn", "hqq")
 UNCALIBRATED = ("rtn", "hqq")
 """Methods that look at the weights alone: no calibration text is read, and no forward is run."""
 PRESETS = ("plain", "fast", "best")
@@ -99,7 +99,8 @@ class QuantConfig:
     target_bits mean stored bits per weight, 2 to 16: bits and group size of each linear are then chosen by measurement, and `bits` and
                 `group_size` only complete the rules. None: every linear gets `bits` and `group_size`
     sym         symmetric grid (zero point in the middle); False stores zero points
-    method      how codes are chosen: "gptq", or without calibration "rtn" (round to nearest) and "hqq" (grids fitted to the weights)
+    method      how codes are chosen: "gptq"; "awq" (inputs scaled by how strong they are, then rounding); "awq+gptq" (both); or without
+                calibration "rtn" (round to nearest) and "hqq" (grids fitted to the weights)
     preset      how much work GPTQ puts into it: "plain" (the textbook, for comparison), "fast", "best"
     signed_scales  symmetric scales may be negative, so that the longer side of the grid faces the longer tail; False for engines
                 that take only positive ones
@@ -140,6 +141,8 @@ class QuantConfig:
             _choice("order", self.order, ORDERS)
         if self.desc_act and self.order not in (None, "activation"):
             raise InputError(f"desc_act=True with order={self.order!r}: desc_act means activation order; drop one of the two")
+        if self.desc_act and self.method == "awq":
+            raise InputError("desc_act=True with method='awq': rounding has no column order; drop desc_act, or use method='awq+gptq'")
         if not (isinstance(self.damp, (int, float)) and 0 < self.damp <= 1):
             raise InputError(f"damp={self.damp!r}; allowed: above 0 and at most 1 (0.01 is usual)")
 
@@ -154,9 +157,19 @@ class QuantConfig:
         return self.method not in UNCALIBRATED
 
     @property
+    def solves(self) -> bool:
+        """Whether codes come from GPTQ's solver: what preset, order and desc_act are for."""
+        return self.method in ("gptq", "awq+gptq")
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether inputs are scaled first, by what makes them: norms and biases change too."""
+        return self.method in ("awq", "awq+gptq")
+
+    @property
     def second_stream(self) -> bool:
         """Whether the original model runs beside the quantized one."""
-        return self.preset == "best"
+        return self.preset == "best" and self.solves
 
     def spec(self, name: str) -> LinearSpec | None:
         """The spec of the linear called `name`, or None when a rule skips it."""

@@ -22,6 +22,7 @@ from gptqkit.core.config import QuantConfig
 from gptqkit.core.events import Emit, Event
 from gptqkit.formats import get_format
 from gptqkit.models.device import give_back_memory
+from gptqkit.models.folds import Folds, find_folds
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
@@ -104,13 +105,16 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
                 called = [calls.get(b, index) for b in range(len(batches))]
                 reference = None if original is None else Reference(copy.deepcopy(block), original)
                 anchors = find_anchors(block, groups, called[0], hidden[0]) if reference is not None else ()
-                whole = BlockPass(block, groups, called, hidden, last, reference, anchors)
+                # What the block hands on is what its written form makes of the inputs, so with scaling they have to wait for that form.
+                whole = BlockPass(block, groups, called, hidden, last or stream.config.scales_inputs, reference, anchors)
                 if index < len(done):
                     _restore(stream, index)
                     whole.propagate()
                     whole.propagate_reference()
                     continue
                 made = _quantize_block(stream, index, whole, sum(batch.numel() for batch in batches))
+                if not last and (reference is not None or stream.config.scales_inputs):
+                    whole.propagate()
             records += made
             seconds = time.perf_counter() - started
             stream.emit(
@@ -167,28 +171,49 @@ def _second_stream(stream: Stream, hidden: Activations) -> Activations:
 def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int) -> list[LinearRecord]:
     """One block: every group solved in order of use, its shard written and journalled, `whole.hidden` advanced."""
     coverage = Coverage(whole.block, len(whole.calls), tokens)
-    worker = BlockWorker(stream.model, stream.source, stream.config, index, whole.block, coverage, stream.emit)
+    folds = _find_folds(stream, index, whole) if stream.config.scales_inputs else None
+    worker = BlockWorker(stream.model, stream.source, stream.config, index, whole.block, coverage, stream.emit, folds)
     if whole.calls:
         with coverage:
             whole.run(paused=stream.plan.memory.paused, on_input=worker.see, on_group=worker.solve)
+        worker.settle()
         if whole.reference is not None:
             worker.tune(whole)
-            if not whole.last:
-                whole.propagate()
     else:
         for group in range(len(whole.groups)):
             worker.solve(group)
     shard = stream.block_shard(index)
-    quantized = {f"{record.name}.weight" for record in worker.records}
-    dense = {name: stream.source.read(name) for name in stream.block_tensors(index) if name not in quantized}
+    replaced = {f"{record.name}.weight" for record in worker.records} | set(worker.tensors)
+    dense = {name: stream.source.read(name) for name in stream.block_tensors(index) if name not in replaced}
     digest = write_shard(stream.journal.checkpoint / shard, {**worker.tensors, **dense})
     stream.journal.record(index, {"shard": shard, "sha256": digest, "linears": worker.to_journal()})
     return worker.records
 
 
+def _find_folds(stream: Stream, index: int, whole: BlockPass) -> Folds:
+    """What can absorb the scales of this block's inputs. Says which linears go without, and why."""
+    names = {info.name: linear_name(stream.model, index, info.name) for group in whole.groups for info in group.linears}
+    quantized = {local for local, name in names.items() if stream.config.spec(name)}
+    folds = find_folds(whole.block, whole.groups, quantized, whole.calls[0], whole.hidden[0])
+    unscaled: dict[str, list[str]] = {}
+    for group, reason in folds.refused.items():
+        unscaled.setdefault(reason, []).extend(info.name for info in whole.groups[group].linears if info.name in quantized)
+    for reason, locals_ in unscaled.items():
+        if locals_:
+            listed = ", ".join(locals_[:4]) + (f" and {len(locals_) - 4} more" if len(locals_) > 4 else "")
+            words = f"block {index + 1}: inputs of {listed} are not scaled: {reason}"
+            stream.emit(Event("note", words, {"block": index, "linears": [names[local] for local in locals_]}))
+    return folds
+
+
 def _restore(stream: Stream, index: int) -> None:
-    """Puts the quantized weights of a finished block, read back from its shard, into the loaded block."""
+    """Puts the quantized weights of a finished block into the loaded block, read from its shard, and norms and biases that changed."""
     shard = TensorSource.open_file(stream.journal.checkpoint / stream.block_shard(index))
+    if stream.config.scales_inputs:
+        prefix = stream.model.layout.block_name(index) + "."
+        for parameter, disk in stream.model.disk_name.items():
+            if parameter.startswith(prefix) and disk in shard and len(shard.info(disk).shape) == 1:
+                stream.model.put_parameter(parameter, shard.read(disk))
     form = get_format(stream.config.format)
     for group in stream.model.layout.blocks[index]:
         for info in group.linears:

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from gptqkit.algorithms.gptq import EFFORTS, solve_group
+from gptqkit.algorithms.awq import round_scaled, search_scale
+from gptqkit.algorithms.factor import damping
+from gptqkit.algorithms.gptq import EFFORTS, output_energy, solve_group
 from gptqkit.algorithms.gram import CrossGram, Gram
 from gptqkit.algorithms.hqq import half_quadratic
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.checkpoint.source import TensorSource
 from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.events import Emit, Event
+from gptqkit.core.grid import SCALE_MAX, SCALE_MIN, round_scale
 from gptqkit.core.weight import QuantizedWeight
 from gptqkit.formats import get_format
 from gptqkit.models.device import give_back_memory
-from gptqkit.models.layout import InputGroup, LinearInfo
+from gptqkit.models.folds import Fold, Folds, fold_norm
+from gptqkit.models.layout import LinearInfo
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.capture import BlockPass, Seen
 from gptqkit.pipeline.coverage import Coverage
@@ -32,7 +36,11 @@ WIDE = 4096
 
 @dataclass(frozen=True, slots=True)
 class LinearRecord:
-    """What became of one linear; a line of layers.jsonl. `error` is the squared output error relative to the output's energy."""
+    """What became of one linear; a line of layers.jsonl.
+
+    error     the squared output error relative to the output's energy
+    absorber  the module that its input's scale was folded into, if it was scaled: the stored weight is the original's times that scale
+    """
 
     name: str
     shape: tuple[int, int]
@@ -46,13 +54,29 @@ class LinearRecord:
     tokens: int
     seconds: float
     events: tuple[str, ...]
+    absorber: str | None = None
 
 
 class BlockWorker:
-    """Quantizes the linears of one loaded block; `tensors` is what goes into its shard for them, `records` what became of each."""
+    """Quantizes the linears of one loaded block.
+
+    tensors  what goes into its shard for them, and what replaces norms and biases there (by their names in the checkpoint)
+    records  what became of each
+
+    While groups are solved, the block computes with the original norms and with weights that have the scales divided out again; `settle`
+    puts in what is written.
+    """
 
     def __init__(
-        self, model: StreamedModel, source: TensorSource, config: QuantConfig, index: int, block: nn.Module, coverage: Coverage, emit: Emit
+        self,
+        model: StreamedModel,
+        source: TensorSource,
+        config: QuantConfig,
+        index: int,
+        block: nn.Module,
+        coverage: Coverage,
+        emit: Emit,
+        folds: Folds | None = None,
     ) -> None:
         self.model = model
         self.source = source
@@ -65,6 +89,8 @@ class BlockWorker:
         self.tensors: dict[str, Tensor] = {}
         self.records: list[LinearRecord] = []
         self._weights: dict[str, tuple[LinearInfo, QuantizedWeight]] = {}
+        self._folds = folds or Folds()
+        self._scales: dict[int, Tensor] = {}
         self._grams = _Grams()
 
     def see(self, group: int, seen: Seen) -> None:
@@ -84,31 +110,102 @@ class BlockWorker:
         if grams.own is None:
             results = [_uncalibrated(weight_OI, spec, self.config) for weight_OI, spec in zip(weights_OI, specs, strict=True)]
         else:
-            results = self._solved(weights_OI, specs, inputs, grams, ", ".join(name for _, name, _ in chosen))
+            results = self._solved(weights_OI, specs, group, grams, ", ".join(name for _, name, _ in chosen))
         seconds = (time.perf_counter() - started) / len(chosen)
+        scale_I = self._scales.get(group)
+        absorber = None if scale_I is None else self._name_of(self._folds.found[group].absorber)
         for (info, name, spec), (weight, facts) in zip(chosen, results, strict=True):
             shape = (info.out_features, info.in_features)
-            record = LinearRecord(name, shape, spec.bits, spec.group_size, spec.sym, tokens=grams.tokens, seconds=seconds, **facts)
+            facts |= {"tokens": grams.tokens, "seconds": seconds, "absorber": absorber}
+            record = LinearRecord(name, shape, spec.bits, spec.group_size, spec.sym, **facts)
             self.records.append(record)
-            self._keep(info, name, weight)
+            self._keep(info, name, weight, scale_I)
             self._report(record)
 
     def _solved(
-        self, weights_OI: list[Tensor], specs: list[LinearSpec], inputs: InputGroup, grams: _Grams, names: str
+        self, weights_OI: list[Tensor], specs: list[LinearSpec], group: int, grams: _Grams, names: str
     ) -> list[tuple[QuantizedWeight, dict[str, Any]]]:
+        """Results of a calibrated method. `weights_OI` are multiplied by the scales of their inputs, if any."""
         assert grams.own is not None
         config = self.config
-        notes = self.coverage.complete(inputs, grams.own, grams.cross)
+        notes = self.coverage.complete(self.model.layout.blocks[self.index][group], grams.own, grams.cross)
+        gram_II = grams.own.finish()
+        cross_II = None if grams.cross is None else grams.cross.finish()
+        ahead_IO = None if grams.ahead is None else grams.ahead.finish()
+        scale_I = self._scale(group, weights_OI, gram_II, specs)
+        if scale_I is not None:
+            self._scales[group] = scale_I
+            for weight_OI in weights_OI:
+                weight_OI *= scale_I
+            for moment_II in (gram_II, cross_II):
+                if moment_II is not None:
+                    moment_II.div_(scale_I).div_(scale_I[:, None])
+            if ahead_IO is not None:
+                ahead_IO /= scale_I[:, None]
+        if config.method == "awq":
+            return [_rounded(weight_OI, gram_II, spec, config, scale_I, notes) for weight_OI, spec in zip(weights_OI, specs, strict=True)]
         solutions = solve_group(
-            weights_OI, grams.own.finish(), specs, order=config.column_order, damp=config.damp, name=names,
-            effort=EFFORTS[config.preset].limited(signed=config.signed_scales),
-            cross_II=None if grams.cross is None else grams.cross.finish(),
-            ahead_IO=None if grams.ahead is None else grams.ahead.finish(),
+            weights_OI, gram_II, specs, order=config.column_order, damp=config.damp, name=names,
+            effort=EFFORTS[config.preset].limited(signed=config.signed_scales), cross_II=cross_II, ahead_IO=ahead_IO,
         )  # fmt: skip
         return [
-            (s.weight, dict(method=s.method, error=s.error, weight_change=s.weight_change, damp=s.damp, events=(*notes, *s.events)))
-            for s in solutions
-        ]
+            (
+                s.weight,
+                dict(
+                    method=config.method if s.method == "gptq" else s.method, error=s.error,
+                    weight_change=s.weight_change if scale_I is None else _change(s.weight, weight_OI, scale_I),
+                    damp=s.damp, events=(*notes, *s.events),
+                ),
+            )
+            for s, weight_OI in zip(solutions, weights_OI, strict=True)
+        ]  # fmt: skip
+
+    def _scale(self, group: int, weights_OI: list[Tensor], gram_II: Tensor, specs: list[LinearSpec]) -> Tensor | None:
+        """The scale of a group's input channels that can be folded away and helps, or None."""
+        fold = self._folds.found.get(group)
+        if fold is None:
+            return None
+        config = self.config
+        scale_I = search_scale(weights_OI, gram_II, specs, share_I=fold.share_I, damp=config.damp, signed=config.signed_scales)
+        if fold.offset is not None:
+            scale_I = fold_norm(fold.offset, *self._stored(fold), scale_I)[2]
+        elif fold.absorber in self._weights:
+            least_R, most_R = _divisors(self._weights[fold.absorber][1])
+            scale_I = scale_I.clamp(least_R[fold.channel_I], most_R[fold.channel_I])
+        return scale_I if bool((scale_I != 1).any()) else None
+
+    def settle(self) -> None:
+        """Divides what makes the inputs by their scales, and puts all of the block into the form in which it is written."""
+        for group, scale_I in self._scales.items():
+            fold = self._folds.found[group]
+            weight_I, bias_I = self._stored(fold)
+            if fold.offset is not None:
+                weight_I, bias_I, _ = fold_norm(fold.offset, weight_I, bias_I, scale_I)
+                self._replace(f"{fold.absorber}.weight", weight_I)
+            else:
+                info, weight = self._weights[fold.absorber]
+                divisor_R = fold.divisor(scale_I, weight.out_features)
+                divided_OG = round_scale(weight.scale_OG.float() / divisor_R[:, None]).to(torch.float16)
+                self._keep(info, self._name(info), replace(weight, scale_OG=divided_OG))
+                bias_I = None if bias_I is None else (bias_I.float() / divisor_R).to(bias_I.dtype)
+            if bias_I is not None:
+                self._replace(f"{fold.absorber}.bias", bias_I)
+        for info, weight in self._weights.values() if self._scales else ():
+            put_weight(self.model, self.index, info, weight)
+
+    def _stored(self, fold: Fold) -> tuple[Tensor, Tensor | None]:
+        """Weight and bias of an absorber, as the checkpoint has them, on the device. The weight of a linear is not read: an empty one."""
+        names = [f"{self.model.layout.block_name(self.index)}.{fold.absorber}.{leaf}" for leaf in ("weight", "bias")]
+        weight, bias = (
+            self.source.read(self.model.disk_name[name]).to(self.model.device) if name in self.model.disk_name and read else None
+            for name, read in zip(names, (fold.offset is not None, True), strict=True)
+        )
+        return torch.empty(0) if weight is None else weight, bias
+
+    def _replace(self, local: str, value: Tensor) -> None:
+        name = f"{self.model.layout.block_name(self.index)}.{local}"
+        self.model.put_parameter(name, value)
+        self.tensors[self.model.disk_name[name]] = value.cpu()
 
     def tune(self, whole: BlockPass) -> None:
         """Scales of all linears together, towards what the reference made of the block (tune.py)."""
@@ -131,8 +228,8 @@ class BlockWorker:
         facts = {"block": self.index, "before": tuned.before, "after": tuned.after, "accepted": tuned.accepted}
         self.emit(Event("note", f"block {self.index + 1}: {words}", facts))
 
-    def _keep(self, info: LinearInfo, name: str, weight: QuantizedWeight) -> None:
-        put_weight(self.model, self.index, info, weight)
+    def _keep(self, info: LinearInfo, name: str, weight: QuantizedWeight, scale_I: Tensor | None = None) -> None:
+        put_weight(self.model, self.index, info, weight, scale_I)
         self._weights[info.name] = (info, weight)
         for local, tensor in self.format.encode(weight.to("cpu")).items():
             self.tensors[f"{name}.{local}"] = tensor
@@ -144,7 +241,10 @@ class BlockWorker:
         self.emit(Event("linear", record.name, facts))
 
     def _name(self, info: LinearInfo) -> str:
-        return linear_name(self.model, self.index, info.name)
+        return self._name_of(info.name)
+
+    def _name_of(self, module: str) -> str:
+        return linear_name(self.model, self.index, module)
 
     def _weight(self, info: LinearInfo) -> Tensor:
         """[O, I] float32 from the checkpoint, not from the block: the block may hold a narrower dtype."""
@@ -186,7 +286,35 @@ def _uncalibrated(weight_OI: Tensor, spec: LinearSpec, config: QuantConfig) -> t
     return weight, dict(method=config.method, error=None, weight_change=change, damp=None, events=())
 
 
-def put_weight(model: StreamedModel, index: int, info: LinearInfo, weight: QuantizedWeight) -> None:
-    """The quantized weight into the loaded block, so that what follows reads what a user of the checkpoint will compute."""
+def _rounded(
+    weight_OI: Tensor, gram_II: Tensor, spec: LinearSpec, config: QuantConfig, scale_I: Tensor | None, notes: tuple[str, ...]
+) -> tuple[QuantizedWeight, dict[str, Any]]:
+    """AWQ's second half: scaled weights, rounded."""
+    diagonal_I = gram_II.diagonal()
+    weight = round_scaled(weight_OI, diagonal_I + damping(diagonal_I, config.damp), spec, signed=config.signed_scales)
+    energy, lost = (float(output_energy(value_OI.T, gram_II)) for value_OI in (weight_OI, weight.dequantize().sub_(weight_OI)))
+    change = _change(weight, weight_OI, torch.ones_like(diagonal_I) if scale_I is None else scale_I)
+    return weight, dict(method="awq", error=lost / energy if energy > 0 else 0.0, weight_change=change, damp=config.damp, events=notes)
+
+
+def _change(weight: QuantizedWeight, scaled_OI: Tensor, scale_I: Tensor) -> float:
+    """||Q S^-1 - W|| / ||W|| of what was multiplied by S before."""
+    change_OI = weight.dequantize().sub_(scaled_OI).div_(scale_I)
+    return float(change_OI.norm() / (scaled_OI / scale_I).norm().clamp(min=1e-30))
+
+
+def _divisors(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
+    """What the rows of a weight can be divided by, least and most, and its scales be float16 normals still: [O], [O]."""
+    magnitude_OG = weight.scale_OG.float().abs()
+    return magnitude_OG.amax(1) / SCALE_MAX, magnitude_OG.amin(1) / SCALE_MIN
+
+
+def put_weight(model: StreamedModel, index: int, info: LinearInfo, weight: QuantizedWeight, scale_I: Tensor | None = None) -> None:
+    """The quantized weight into the loaded block, so that what follows reads what a user of the checkpoint will compute.
+
+    With `scale_I` the weight is one for an input divided by that, and the block's input is not divided yet.
+    """
     value_OI = weight.dequantize()
+    if scale_I is not None:
+        value_OI /= scale_I
     model.put_parameter(f"{model.layout.block_name(index)}.{info.name}.weight", value_OI.T if info.transposed else value_OI)
