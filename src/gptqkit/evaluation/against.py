@@ -1,4 +1,9 @@
-"""Weights of a quantized checkpoint against the original's, one tensor at a time."""
+"""Weights of a quantized checkpoint against the original's, one tensor at a time.
+
+A method that scales inputs (algorithms/awq.py) multiplies the columns of a weight, and divides its rows where it makes somebody's input. If
+the run's record says that one did, a linear is compared with the original up to such factors, which are fitted; norms and biases, which
+carry the other half, may differ.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +13,7 @@ import torch
 from torch import Tensor
 
 from gptqkit.algorithms.rtn import round_to_nearest
+from gptqkit.checkpoint.files import read_json
 from gptqkit.checkpoint.inspect import HEADS
 from gptqkit.checkpoint.quantized import QuantizedCheckpoint
 from gptqkit.core.config import LinearSpec
@@ -35,12 +41,14 @@ class LinearError:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """One row a linear that both have; what is implausible or changed, in words; how many other tensors are equal bit for bit."""
+    """One row a linear that both have; what is implausible or changed, in words; how many other tensors are equal bit for bit, and how
+    many carry scales."""
 
     errors: tuple[LinearError, ...]
     implausible: list[str]
     changed: list[str]
     equal: int
+    rescaled: int
 
 
 def compare_weights(checkpoint: QuantizedCheckpoint, against: str, emit: Emit) -> Comparison:
@@ -48,10 +56,11 @@ def compare_weights(checkpoint: QuantizedCheckpoint, against: str, emit: Emit) -
     original = open_weights(resolve_model(against))
     names = set(original.names)
     emit(Event("stage", "comparing with the original", {"name": "compare"}))
+    scaled = _scales_inputs(checkpoint)
     errors, implausible = [], []
     for name, spec in checkpoint.linears.items():
         try:
-            row = _linear_error(checkpoint, name, spec, original, names)
+            row = _linear_error(checkpoint, name, spec, original, names, scaled=scaled)
         except InputError as error:
             implausible.append(str(error))
             continue
@@ -59,11 +68,20 @@ def compare_weights(checkpoint: QuantizedCheckpoint, against: str, emit: Emit) -
         if not row.error <= row.limit:
             implausible.append(f"{name} is {row.error:.4g} of its norm away (rounding: {row.rounded:.4g}; plausible: {row.limit:.4g})")
         emit(Event("linear", name, {"name": name, "error": row.error}))
-    changed, equal = _dense(checkpoint, original, names)
-    return Comparison(tuple(errors), implausible, changed, equal)
+    changed, equal, rescaled = _dense(checkpoint, original, names, scaled=scaled)
+    return Comparison(tuple(errors), implausible, changed, equal, rescaled)
 
 
-def _linear_error(checkpoint: QuantizedCheckpoint, name: str, spec: LinearSpec, original: Weights, names: set[str]) -> LinearError:
+def _scales_inputs(checkpoint: QuantizedCheckpoint) -> bool:
+    """Whether the record beside the checkpoint names a method that scales inputs."""
+    record = checkpoint.folder / "gptqkit" / "run.json"
+    config = read_json(record).get("config") if record.exists() else None
+    return isinstance(config, dict) and str(config.get("method")).startswith("awq")
+
+
+def _linear_error(
+    checkpoint: QuantizedCheckpoint, name: str, spec: LinearSpec, original: Weights, names: set[str], *, scaled: bool
+) -> LinearError:
     if f"{name}.weight" not in names:
         raise InputError(f"the original has no {name}.weight")
     weight = checkpoint.read_linear(name)
@@ -76,15 +94,24 @@ def _linear_error(checkpoint: QuantizedCheckpoint, name: str, spec: LinearSpec, 
     candidates = [m for m, shape in ((found, found.shape), (found.T, found.shape[::-1])) if tuple(shape) == sizes]
     if original.is_expanded(f"{name}.weight"):
         candidates = candidates[:1]
+    candidates = [_rescaled(m, quantized_OI) for m in candidates] if scaled else candidates
     error, original_OI = min(((_relative(quantized_OI - m, m), m) for m in candidates), key=lambda pair: pair[0])
     rounded = _relative(round_to_nearest(original_OI.contiguous(), spec).dequantize() - original_OI, original_OI)
     limit = min(max(TIMES_ROUNDING * rounded, 2.0**-spec.bits), UNRELATED)
     return LinearError(name, error, rounded, limit)
 
 
-def _dense(checkpoint: QuantizedCheckpoint, original: Weights, names: set[str]) -> tuple[list[str], int]:
-    """What differs, and how many do not. A tensor may be stored in another float type if the values were only cast."""
-    changed, equal = [], 0
+def _rescaled(weight_OI: Tensor, quantized_OI: Tensor) -> Tensor:
+    """The original with its columns and rows multiplied as they seem to have been, by positive factors."""
+    for dim in (0, 1, 0, 1):
+        gain = (weight_OI * quantized_OI).sum(dim, keepdim=True) / weight_OI.square().sum(dim, keepdim=True).clamp_min(1e-30)
+        weight_OI = weight_OI * torch.where(gain > 0, gain, 1.0)
+    return weight_OI
+
+
+def _dense(checkpoint: QuantizedCheckpoint, original: Weights, names: set[str], *, scaled: bool) -> tuple[list[str], int, int]:
+    """What differs, how many do not, and how many may. A tensor may be stored in another float type if the values were only cast."""
+    changed, equal, rescaled = [], 0, 0
     for name in checkpoint.dense_names:
         if name not in names:
             changed.append(f"the original has no {name}")
@@ -96,6 +123,8 @@ def _dense(checkpoint: QuantizedCheckpoint, original: Weights, names: set[str]) 
             continue
         if found.shape == expected.shape and torch.equal(_raw(found), _raw(expected.to(found.dtype))):
             equal += 1
+        elif scaled and found.ndim == 1 and found.shape == expected.shape:
+            rescaled += 1
         else:
             changed.append(f"{name} differs from the original's")
     kept = {*checkpoint.dense_names, *(f"{name}.weight" for name in checkpoint.linears)}
@@ -103,7 +132,7 @@ def _dense(checkpoint: QuantizedCheckpoint, original: Weights, names: set[str]) 
     for name in sorted(names - kept):
         if not (tied and name.removesuffix(".weight").rpartition(".")[2] in HEADS):
             changed.append(f"{name} of the original is missing")
-    return changed, equal
+    return changed, equal, rescaled
 
 
 def _relative(change: Tensor, whole: Tensor) -> float:

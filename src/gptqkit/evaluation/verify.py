@@ -27,7 +27,7 @@ from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event
 from gptqkit.core.grid import SCALE_MIN
 from gptqkit.core.weight import QuantizedWeight
-from gptqkit.evaluation.against import LinearError, compare_weights
+from gptqkit.evaluation.against import Comparison, LinearError, compare_weights
 
 EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings")
 _NAMED = 3
@@ -110,7 +110,7 @@ def verify_checkpoint(folder: Path, *, against: str | None, emit: Emit) -> Verif
         errors = compared.errors
         checks += [
             _result("weights against the original", compared.implausible, _errors_line(errors)),
-            _result("other tensors against the original", compared.changed, f"{compared.equal} are bit-equal"),
+            _result("other tensors against the original", compared.changed, _equal_line(compared)),
         ]
     facts = facts_of(checkpoint, reordered=bool(problems.reordered))
     return Verification(checkpoint.format.name, tuple(checks), tuple(judge(facts)), tuple(_not_quantized(checkpoint)), errors)
@@ -260,6 +260,11 @@ def _result(name: str, problems: list[str], fine: str) -> Check:
 def _names(values: list[str], separator: str = ", ") -> str:
     more = f"{separator}and {len(values) - _NAMED} more" if len(values) > _NAMED else ""
     return separator.join(values[:_NAMED]) + more
+
+
+def _equal_line(compared: Comparison) -> str:
+    carrying = f"; {compared.rescaled} norms and biases carry the scales of inputs" if compared.rescaled else ""
+    return f"{compared.equal} are bit-equal{carrying}"
 
 
 def _errors_line(errors: tuple[LinearError, ...]) -> str:
