@@ -4,7 +4,7 @@ Lin et al. 2023 (arXiv:2306.00978). For any s > 0, W x = (W S)(S^-1 x) with S = 
 its group is rounded more finely relative to itself; so s_j should be large where an error in column j costs much. The 1 / s is not computed
 at run time: whatever makes x is divided by it (models/folds.py), and the file is an ordinary one. All linears that read one input share s.
 
-Tried are s_j = m_j^(ratio / 2), m_j the mean square of input channel j, at RATIOS from 0 (no scaling) to 1; the one is taken whose rounded
+Tried are s_j = m_j^(ratio / 2), m_j the mean square of input channel j, at ratios from 0 (no scaling) to 1; the one is taken whose rounded
 weights give the least output error, tr(E H E^T) over all linears, E = Q(W S) S^-1 - W, H the Gram matrix. Q is the rounding that is really
 done: the grid of each group is searched and then fitted, errors in column j counting H_jj / s_j^2. The paper averages |x| where this takes
 the root of the mean square, because the Gram matrix has it; it keeps activations where H serves, and clips in a second search.
@@ -29,10 +29,11 @@ from gptqkit.algorithms.threads import one_thread
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.weight import QuantizedWeight
 
-RATIOS = tuple(step / 20 for step in range(21))
+STEPS = 20
+"""Ratios are multiples of 1 / STEPS: every second one is tried, then both neighbours of the best."""
 SCALE_LIMIT = 32.0
 """Scales stay within [1 / 32, 32]: they end up in float16 scales, and in norms of 8 bits of mantissa."""
-SEARCH_ROWS = 1024
+SEARCH_ROWS = 512
 """Rows that the ratios are compared on, evenly drawn from all linears; the winner must then beat s = 1 on all rows."""
 
 
@@ -57,13 +58,17 @@ def search_scale(
         mean_I = _shared_mean(damped_II.diagonal(), share_I)
         none_I = torch.ones_like(mean_I)
         sampled = _sample(weights_OI)
-        best_I, least = none_I, scaled_error(sampled, damped_II, specs, none_I, signed=signed)
-        for ratio in RATIOS[1:]:
-            scale_I = _scale(mean_I, ratio)
-            error = scaled_error(sampled, damped_II, specs, scale_I, signed=signed)
-            if error < least:
-                best_I, least = scale_I, error
-        if best_I is not none_I and sum(map(len, sampled)) < sum(map(len, weights_OI)):
+        errors: dict[int, float] = {}
+        for step in range(0, STEPS + 1, 2):
+            errors[step] = scaled_error(sampled, damped_II, specs, _scale(mean_I, step / STEPS), signed=signed)
+        coarse = min(errors, key=lambda step: errors[step])
+        for step in {max(coarse - 1, 0), min(coarse + 1, STEPS)} - {coarse}:
+            errors[step] = scaled_error(sampled, damped_II, specs, _scale(mean_I, step / STEPS), signed=signed)
+        best = min(errors, key=lambda step: errors[step])
+        if best == 0:
+            return none_I
+        best_I = _scale(mean_I, best / STEPS)
+        if sum(map(len, sampled)) < sum(map(len, weights_OI)):
             whole = [scaled_error(weights_OI, damped_II, specs, scale_I, signed=signed) for scale_I in (best_I, none_I)]
             best_I = best_I if whole[0] < whole[1] else none_I
         return best_I

@@ -79,7 +79,7 @@ def find_folds(block: nn.Module, groups: Sequence[InputGroup], quantized: Collec
     """
     probe = _Probe(block, groups, call, hidden_BTH)
     folds = Folds()
-    pending: dict[int, list[Fold]] = {}
+    pending: dict[int, Iterator[Fold]] = {}
     for index, group in enumerate(groups):
         left = [linear.name for linear in group.linears if linear.name not in quantized]
         if left:
@@ -88,14 +88,13 @@ def find_folds(block: nn.Module, groups: Sequence[InputGroup], quantized: Collec
             folds.refused[index] = "called more than once in a forward"
         else:
             pending[index] = probe.candidates(index, quantized)
-            folds.refused[index] = (
-                "what makes its input, or whoever else reads it, would notice" if pending[index] else "no norm or linear makes its input"
-            )
+            folds.refused[index] = "no norm or linear makes its input"
     while True:
         roles: dict[tuple[str, str], list[Fold]] = {}
-        for index in [index for index, candidates in pending.items() if candidates]:
-            fold = pending[index].pop(0)
-            roles.setdefault((_role(groups[index].linears[0].name), _role(fold.absorber)), []).append(fold)
+        for index, candidates in pending.items():
+            if fold := next(candidates, None):
+                folds.refused[index] = "what makes its input, or whoever else reads it, would notice"
+                roles.setdefault((_role(groups[index].linears[0].name), _role(fold.absorber)), []).append(fold)
         if not roles:
             return folds
         for role in roles.values():
@@ -143,20 +142,20 @@ class _Probe:
         self._norms = {name: module for name, module in block.named_modules() if _is_norm(module)}
         self._base = self._run()
 
-    def candidates(self, index: int, quantized: Collection[str]) -> list[Fold]:
+    def candidates(self, index: int, quantized: Collection[str]) -> Iterator[Fold]:
         """What might absorb the scale of a group, likeliest first."""
         group = self._groups[index]
         read = self._base.inputs[group.linears[0].name][0]
         for name, (_, made) in self._base.norms.items():
             if _same(made, read):
                 offset = self._offset(name)
-                return [] if offset is None else [Fold(index, name, torch.arange(group.in_features, device=read.device), offset)]
-        found: list[Fold] = []
+                if offset is not None:
+                    yield Fold(index, name, torch.arange(group.in_features, device=read.device), offset)
+                return
         for earlier in reversed(self._groups[max(0, index - REACH) : index]):
             for linear in reversed(earlier.linears):
                 if linear.name in quantized:
-                    found += self._from_linear(index, linear)
-        return found
+                    yield from self._from_linear(index, linear)
 
     def proves(self, folds: Sequence[Fold]) -> bool:
         """Whether nothing changes when all of them are put in with random scales."""
