@@ -34,7 +34,7 @@ STEPS = 20
 SCALE_LIMIT = 32.0
 """Scales stay within [1 / 32, 32]: they end up in float16 scales, and in norms of 8 bits of mantissa."""
 SEARCH_ROWS = 512
-"""Rows that the ratios are compared on, evenly drawn from all linears; the winner must then beat s = 1 on all rows."""
+"""About how many rows the ratios are compared on, evenly drawn from all linears; the winner must then beat s = 1 on all rows."""
 
 
 def search_scale(
@@ -96,12 +96,12 @@ def _scale(mean_I: Tensor, ratio: float) -> Tensor:
 
 
 def _shared_mean(diagonal_I: Tensor, share_I: Tensor | None) -> Tensor:
-    """Mean square of each channel, or of those that share its scale."""
+    """Mean square of each channel, or of those that share its scale (summed on the CPU: on CUDA in no particular order)."""
     if share_I is None:
         return diagonal_I.clone()
-    size = int(share_I.max()) + 1
-    sum_S = diagonal_I.new_zeros(size).index_add_(0, share_I, diagonal_I)
-    return (sum_S / torch.bincount(share_I, minlength=size).clamp_min(1))[share_I]
+    on_cpu_I, size = share_I.cpu(), int(share_I.max()) + 1
+    sum_S = torch.zeros(size).index_add_(0, on_cpu_I, diagonal_I.cpu())
+    return (sum_S / torch.bincount(on_cpu_I, minlength=size).clamp_min(1))[on_cpu_I].to(diagonal_I.device)
 
 
 def _sample(weights_OI: Sequence[Tensor]) -> list[Tensor]:

@@ -31,7 +31,7 @@ from gptqkit.models.attention import WideAttention
 from gptqkit.models.layout import InputGroup, LinearInfo, is_linear, linear_info
 from gptqkit.models.standin import Call
 
-EXACT, ROUNDED = 1e-3, 5e-2
+EXACT, ROUNDED = 5e-3, 5e-2
 """How far outputs may be from what they were, relative to their norm: exact scales, and where a weight 1 + w had to be rounded. A wrong
 fold with factors of 1, 2 and 4 moves them by more than a third."""
 REACH = 2
