@@ -262,7 +262,8 @@ class _Probe:
         handles += [m.register_forward_hook(norm_hook(name), with_kwargs=True) for name, m in self._norms.items()]
         try:
             with torch.no_grad(), WideAttention():
-                seen.change.append(self._call.run(self._block, self._hidden_BTH) - self._hidden_BTH)
+                # A copy goes in: some models add to their input in place.
+                seen.change.append(self._call.run(self._block, self._hidden_BTH.clone()) - self._hidden_BTH)
         finally:
             for handle in handles:
                 handle.remove()
