@@ -97,11 +97,9 @@ def find_folds(block: nn.Module, groups: Sequence[InputGroup], quantized: Collec
                 roles.setdefault((_role(groups[index].linears[0].name), _role(fold.absorber)), []).append(fold)
         if not roles:
             return folds
-        for role in roles.values():
-            if probe.proves(role):
-                for fold in role:
-                    folds.found[fold.group] = fold
-                    del folds.refused[fold.group], pending[fold.group]
+        for fold in probe.proven([role for role in roles.values() if probe.reaches(role)]):
+            folds.found[fold.group] = fold
+            del folds.refused[fold.group], pending[fold.group]
 
 
 def fold_norm(offset: float, weight_I: Tensor, bias_I: Tensor | None, scale_I: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
@@ -157,7 +155,19 @@ class _Probe:
                 if linear.name in quantized:
                     yield from self._from_linear(index, linear)
 
-    def proves(self, folds: Sequence[Fold]) -> bool:
+    def reaches(self, folds: Sequence[Fold]) -> bool:
+        """Whether any of their readers was given anything: without, nothing can be proved."""
+        readers = [self._base.inputs[self._groups[fold.group].linears[0].name] for fold in folds]
+        return any(bool(x.any()) for inputs in readers for x in inputs)
+
+    def proven(self, roles: Sequence[Sequence[Fold]]) -> list[Fold]:
+        """The folds of those roles that hold. Most often all do, which one forward shows."""
+        everything = [fold for role in roles for fold in role]
+        if len(roles) > 1 and self._proves(everything):
+            return everything
+        return [fold for role in roles if self._proves(role) for fold in role]
+
+    def _proves(self, folds: Sequence[Fold]) -> bool:
         """Whether nothing changes when all of them are put in with random scales."""
         generator = torch.Generator().manual_seed(0)
         with ExitStack() as stack:
@@ -168,9 +178,7 @@ class _Probe:
         absorbers = {fold.absorber for fold in folds}
         limit = ROUNDED if any(fold.offset for fold in folds) else EXACT
         pairs = [(self._base.outputs[name], outputs) for name, outputs in seen.outputs.items() if name not in absorbers]
-        readers = [self._base.inputs[self._groups[fold.group].linears[0].name] for fold in folds]
-        met = any(bool(x.any()) for inputs in readers for x in inputs)
-        return met and all(_close(before, after, limit) for before, after in [*pairs, (self._base.change, seen.change)])
+        return all(_close(before, after, limit) for before, after in [*pairs, (self._base.change, seen.change)])
 
     def _from_linear(self, index: int, linear: LinearInfo) -> Iterator[Fold]:
         """Output channels of a linear that have the right number to be what the group reads."""
