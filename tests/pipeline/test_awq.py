@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tests.tiny import save_tiny, token_ids
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -165,6 +165,16 @@ def test_a_trained_model_gains(tmp_path: Path) -> None:
         gptqkit.quantize(TRAINED, tmp_path / method, QuantConfig(bits=3, method=method), samples=12, seqlen=64)
         kl[method] = gptqkit.evaluate(tmp_path / method, against=TRAINED, windows=4, seqlen=64).kl
     assert kl["awq"] < 0.7 * kl["rtn"]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_inputs_that_are_not_finite_stop_the_run(method: str, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", dtype=torch.float16)
+    held = load_file(folder / "model.safetensors")
+    held["model.layers.1.input_layernorm.weight"].mul_(6e4)
+    save_file(held, folder / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(InputError, match="calibration inputs are not finite"):
+        gptqkit.quantize(folder, tmp_path / "out", config(method), **{**SMALL, "dtype": "float16"})
 
 
 def test_rounding_in_a_column_order_is_refused() -> None:

@@ -17,6 +17,7 @@ from gptqkit.algorithms.hqq import half_quadratic
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.checkpoint.source import TensorSource
 from gptqkit.core.config import LinearSpec, QuantConfig
+from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event
 from gptqkit.core.grid import SCALE_MAX, SCALE_MIN, round_scale
 from gptqkit.core.weight import QuantizedWeight
@@ -130,6 +131,11 @@ class BlockWorker:
         config = self.config
         notes = self.coverage.complete(self.model.layout.blocks[self.index][group], grams.own, grams.cross)
         gram_II = grams.own.finish()
+        if config.scales_inputs and not bool(torch.isfinite(gram_II.diagonal()).all()):
+            raise InputError(
+                f"{names}: the calibration inputs are not finite; the model overflows or holds NaN: try --dtype float32 "
+                "(or bfloat16 instead of float16), or check the checkpoint with `gptqkit verify`"
+            )
         cross_II = None if grams.cross is None else grams.cross.finish()
         ahead_IO = None if grams.ahead is None else grams.ahead.finish()
         scale_I = self._scale(group, weights_OI, gram_II, specs)
@@ -168,7 +174,9 @@ class BlockWorker:
         config = self.config
         scale_I = search_scale(weights_OI, gram_II, specs, share_I=fold.share_I, damp=config.damp, signed=config.signed_scales)
         if fold.offset is not None:
-            scale_I = fold_norm(fold.offset, *self._stored(fold), scale_I)[2]
+            weight_I = self._stored(fold, "weight")
+            assert weight_I is not None
+            scale_I = fold_norm(fold.offset, weight_I, None, scale_I)[2]
         elif fold.absorber in self._weights:
             least_R, most_R = _divisors(self._weights[fold.absorber][1])
             scale_I = scale_I.clamp(least_R[fold.channel_I], most_R[fold.channel_I])
@@ -178,8 +186,10 @@ class BlockWorker:
         """Divides what makes the inputs by their scales, and puts all of the block into the form in which it is written."""
         for group, scale_I in self._scales.items():
             fold = self._folds.found[group]
-            weight_I, bias_I = self._stored(fold)
+            bias_I = self._stored(fold, "bias")
             if fold.offset is not None:
+                weight_I = self._stored(fold, "weight")
+                assert weight_I is not None
                 weight_I, bias_I, _ = fold_norm(fold.offset, weight_I, bias_I, scale_I)
                 self._replace(f"{fold.absorber}.weight", weight_I)
             else:
@@ -193,14 +203,10 @@ class BlockWorker:
         for info, weight in self._weights.values() if self._scales else ():
             put_weight(self.model, self.index, info, weight)
 
-    def _stored(self, fold: Fold) -> tuple[Tensor, Tensor | None]:
-        """Weight and bias of an absorber, as the checkpoint has them, on the device. The weight of a linear is not read: an empty one."""
-        names = [f"{self.model.layout.block_name(self.index)}.{fold.absorber}.{leaf}" for leaf in ("weight", "bias")]
-        weight, bias = (
-            self.source.read(self.model.disk_name[name]).to(self.model.device) if name in self.model.disk_name and read else None
-            for name, read in zip(names, (fold.offset is not None, True), strict=True)
-        )
-        return torch.empty(0) if weight is None else weight, bias
+    def _stored(self, fold: Fold, leaf: str) -> Tensor | None:
+        """A parameter of an absorber as the checkpoint has it, on the device; None when there is none."""
+        disk = self.model.disk_name.get(f"{self.model.layout.block_name(self.index)}.{fold.absorber}.{leaf}")
+        return None if disk is None else self.source.read(disk).to(self.model.device)
 
     def _replace(self, local: str, value: Tensor) -> None:
         name = f"{self.model.layout.block_name(self.index)}.{local}"
