@@ -74,6 +74,7 @@ def test_the_written_checkpoint_computes_what_was_solved(
 
 
 def test_norms_and_values_are_divided(model: Path, tmp_path: Path) -> None:
+    assert any("method awq divides norms" in event.message for event in gptqkit.plan(model, config()).events)
     run = gptqkit.quantize(model, tmp_path / "out", config(), **SMALL)
     before, after = tensors(model), tensors(tmp_path / "out")
     absorbers = {record.absorber for record in run.linears if record.absorber}

@@ -306,6 +306,11 @@ def _notes(model: StreamedModel, config: QuantConfig, seqlen: int) -> list[Event
                 {"target_bits": config.target_bits},
             )
         )
+    if config.scales_inputs:
+        words = (
+            "divides norms, biases and scales by what it multiplies the weights behind them with; the rest that is kept is copied as it is"
+        )
+        notes.append(Event("note", f"method {config.method} {words}", {"method": config.method}))
     if config.desc_act:
         notes.append(
             Event(
