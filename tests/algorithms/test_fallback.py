@@ -7,7 +7,7 @@ import torch
 from tests.algorithms.cases import gram, h_norm, inputs, weight
 from torch import Tensor
 
-from gptqkit.algorithms.factor import damping, even_damping, factorize, mean_damping
+from gptqkit.algorithms.factor import damping, even_damping, factorize, mean_damping, sample_damp
 from gptqkit.algorithms.gptq import CHANGE_LIMIT, EFFORTS, solve_group
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.core.config import LinearSpec
@@ -141,6 +141,28 @@ def test_fewer_tokens_than_columns(order: str, tokens: int) -> None:
     (solution,) = solve_group([weight_OI], gram_II, [LinearSpec(4, 32, False)], order=order, damp=0.01)
     assert solution.error <= solution.error_rounded
     assert bool(torch.isfinite(solution.weight.dequantize()).all())
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_few_tokens_are_not_believed(bits: int) -> None:
+    """Inner activations of an MLP: heavy tails and hardly correlated, so that most of what few tokens show is chance."""
+    generator, weight_OI, spec = torch.Generator().manual_seed(8), weight(32, 128, 8), LinearSpec(bits, 64, True)
+    x_MI = 0.3 * inputs(20000, 128, 8) + torch.randn(20000, 128, generator=generator, dtype=torch.float64) ** 3
+    sample_MI, whole_II = x_MI[:256], gram(x_MI)
+    rounded_OI = round_to_nearest(weight_OI, spec).dequantize(torch.float64)
+    errors = []
+    for tokens in (float("inf"), 256):
+        (solution,) = solve_group([weight_OI], gram(sample_MI), [spec], order="group-aware", damp=0.01, tokens=tokens)
+        errors.append(h_norm(solution.weight.dequantize(torch.float64) - weight_OI, whole_II))
+    assert errors[1] < 0.8 * errors[0]
+    assert errors[1] < h_norm(rounded_OI - weight_OI, whole_II)
+
+
+def test_damping_follows_the_size_of_the_sample() -> None:
+    assert sample_damp(0.01, 512, 65536) == 0.01
+    assert sample_damp(0.01, 1408, 2048) == pytest.approx(0.6875)
+    assert sample_damp(0.05, 512, float("inf")) == 0.05
+    assert sample_damp(0.01, 512, 0) == 512
 
 
 def test_float64_retry_then_more_damping() -> None:

@@ -120,3 +120,19 @@ def test_blending_weighs_a_mean_by_tokens() -> None:
     assert own.tokens == 1, "what was really seen"
     assert own.finish().tolist() == [[(4 + 3 * 1) / 4, 3 * 2 / 4], [3 * 2 / 4, 3 * 5 / 4]]
     assert cross.finish().tolist() == [[(8 + 3 * 1) / 4, 3 * 2 / 4], [3 * 2 / 4, 3 * 5 / 4]]
+
+
+def test_blended_tokens_count_for_what_they_tell() -> None:
+    """8 I tokens that weigh as much as 2 I tell as much as 8 I on their own, and beside as many routed ones less than all together."""
+    x_MI = torch.randn(640, 8, generator=torch.Generator().manual_seed(0))
+    pool, own = Gram(8, "cpu"), Gram(8, "cpu")
+    pool.add(x_MI[:64])
+    assert pool.effective_tokens == 64
+    own.blend(pool, 16)
+    assert own.effective_tokens == pytest.approx(64)
+    own.add(x_MI[64:80])
+    assert 64 / 4 < own.effective_tokens < 80
+    assert own.tokens == 16
+    own.add(x_MI[80:])
+    assert own.effective_tokens == pytest.approx(576 + 16, rel=0.03)
+    assert Gram(8, "cpu").effective_tokens == 0

@@ -8,9 +8,10 @@ J H J = L L^T (J: reversal), gives it without ever forming an inverse: with the 
 The sweep only needs R and the inverses of its diagonal blocks (sweep.py), so the whole cost is one Cholesky: I^3 / 3 multiply-adds instead
 of the 4/3 I^3 of factor, invert, factor again, and no ill-conditioned inverse in between.
 
-Damping adds lambda_j to the diagonal, with a floor (`damping`). A column whose input was never different from zero (H_jj = 0) says nothing
-and couples to nothing: its row and column of H are zero, so the damping's floor alone stands on its diagonal, and the sweep rounds it to
-nearest. It is not zeroed: calibration is a sample, and a channel silent in the sample may speak in use.
+Damping adds lambda_j to the diagonal, with a floor (`damping`), and more of it the fewer tokens H was made of (`sample_damp`). A column
+whose input was never different from zero (H_jj = 0) says nothing and couples to nothing: its row and column of H are zero, so the
+damping's floor alone stands on its diagonal, and the sweep rounds it to nearest. It is not zeroed: calibration is a sample, and a channel
+silent in the sample may speak in use.
 """
 
 from __future__ import annotations
@@ -52,6 +53,17 @@ def damping(diagonal_I: Tensor, damp: float) -> Tensor:
     and 3 bits, and this one was best at 2 bits and with synthetic massive channels.
     """
     return damp * torch.maximum(diagonal_I, _live(diagonal_I).median())
+
+
+def sample_damp(damp: float, features: int, tokens: float) -> float:
+    """The fraction to damp by when H is the mean of so many tokens: at least features / tokens.
+
+    The sample covariance of N tokens in I channels is off by sqrt(I / N) in every direction, and a solver finds the directions in which
+    it errs: what it saves there is an illusion that the next text pays for. Shrinking the correlations towards none by about I / N is
+    what estimators of covariances do (Ledoit & Wolf 2004). Of 0, 0.1, 0.3, 1 and 3 times I / N, 1 was best or within noise of it at 4
+    and at 16 sequences of 512 tokens, at 4, 3 and 2 bits; from about 100 tokens a channel on, nothing changes.
+    """
+    return max(damp, features / max(tokens, 1.0))
 
 
 def even_damping(diagonal_I: Tensor, damp: float) -> Tensor:

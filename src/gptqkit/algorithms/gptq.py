@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gptqkit.algorithms.factor import RAISE, DampingRule, Factor, damping, even_damping, factorize, mean_damping
+from gptqkit.algorithms.factor import RAISE, DampingRule, Factor, damping, even_damping, factorize, mean_damping, sample_damp
 from gptqkit.algorithms.order import ColumnOrder, column_order
 from gptqkit.algorithms.precision import exact, short_operands
 from gptqkit.algorithms.refine import Fitted, refine
@@ -44,6 +44,9 @@ EFFORTS = {
 CHANGE_LIMIT = 8.0
 """Measured on a trained 27.8 M-parameter Llama (2, 3, 4 bits, groups of 32 and 128, all four orders): healthy groups move 1.1 to 2 times
 as far as rounding does, 3.9 at the very most; a layer with near-dead channels and no damping floor, 376 to 1270 times."""
+FOLLOW_TOKENS = 4
+"""Tokens per input channel at which alpha is half of what it is with many: with 0, some linears end further from the original than
+rounding would leave them at 4 and 16 sequences of 512 tokens; with 4 or 16, none do."""
 ONE_THREAD_FEATURES = 2048
 """Up to this many in features a CPU solves on one thread (threads.py)."""
 NEAR_DEAD = 1e-3
@@ -171,6 +174,7 @@ def solve_group(
     cross_II: Tensor | None = None,
     ahead_IO: Tensor | None = None,
     follow: float = 0.5,
+    tokens: float = float("inf"),
 ) -> list[Solution]:
     """Quantizes the linears [O_k, I] that read one input, given the mean Gram matrix [I, I] of that input.
 
@@ -180,6 +184,7 @@ def solve_group(
     cross_II   second stream: mean of x_q x_f^T [I, I], rows what the quantized model feeds the linears, columns what the original does
     ahead_IO   mean of x_q (h_f - h_q)^T [I, O]: what the residual stream they add to is behind by (one linear only)
     follow  alpha: how far the target moves towards the one that makes up for both
+    tokens  what the Gram matrices are the mean of; the fewer, the stronger the damping (factor.sample_damp), and the smaller alpha
 
     With a second stream the target is W* = W + alpha (W D^T + A^T) H^-1, D = C - H, A what is behind: for alpha = 1 the least-squares
     optimum of ||W x_f + h_f - h_q - Y x_q||^2 (Arai & Ichikawa 2025, QEP, arXiv:2504.09629, without the residual stream; Lin et al. 2025,
@@ -196,6 +201,8 @@ def solve_group(
             f"{name}: the calibration inputs are not finite in {bad} of {gram_II.shape[0]} channels; the model overflows or holds NaN: "
             "try --dtype float32 (or bfloat16 instead of float16), or check the checkpoint with `gptqkit verify`"
         )
+    damp = sample_damp(damp, gram_II.shape[0], tokens)
+    follow /= 1 + FOLLOW_TOKENS * gram_II.shape[0] / max(tokens, 1.0)
     group = _Group(gram_II, order, damp, effort, cross_II, ahead_IO, follow)
     solutions: list[Solution | None] = [None] * len(specs)
     with torch.no_grad(), exact(), one_thread(gram_II.is_cpu and gram_II.shape[0] <= ONE_THREAD_FEATURES):

@@ -37,6 +37,7 @@ class Gram:
     def __init__(self, in_features: int, device: torch.device | str) -> None:
         self.tokens = 0
         self._blended = 0.0
+        self._blended_square = 0.0
         self._sum_II = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
 
     def add(self, x_MI: Tensor) -> None:
@@ -50,7 +51,13 @@ class Gram:
     def blend(self, other: Gram, tokens: float) -> None:
         """Adds another Gram's mean as if it came from so many tokens; `tokens` of this one goes on counting what was really seen here."""
         self._blended += tokens
+        self._blended_square += tokens**2 / max(other.tokens, 1)
         self._sum_II.add_(other._sum_II, alpha=tokens / max(other.tokens, 1))
+
+    @property
+    def effective_tokens(self) -> float:
+        """Equally weighted tokens that would say as much: (sum of weights)^2 / sum of squared weights (Kish 1965)."""
+        return (self.tokens + self._blended) ** 2 / max(self.tokens + self._blended_square, 1)
 
     def symmetric(self) -> Tensor:
         """The sum so far, [I, I], both halves of it."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -20,6 +22,14 @@ _LONGEST = 300
 
 _MAXRSS_BYTES = 1 if sys.platform == "darwin" else 1024
 """The unit of ru_maxrss: Linux counts kilobytes."""
+
+_MEASURE = """
+import json, os, subprocess, sys
+_, status, usage = os.wait4(subprocess.Popen(sys.argv[2:]).pid, 0)
+facts = [os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss]
+open(sys.argv[1], "w").write(json.dumps(facts))
+"""
+"""Waits for the command in a small process of its own: a child's peak begins with the size of whoever started it."""
 
 _DISTRIBUTIONS = """
 import importlib.metadata, json
@@ -44,21 +54,26 @@ class Outcome:
 
 
 def run_child(command: Sequence[str], log: Path, environment: Mapping[str, str]) -> Outcome:
-    """Runs `command` with `environment` on top of ours; both of its streams go to `log`."""
+    """Runs `command` with `environment` on top of ours, in a folder that is thrown away; both of its streams go to `log`."""
     if not hasattr(os, "wait4"):
         raise InputError("this system cannot say what a child process cost (no wait4); run the benchmark on Linux or macOS")
     start = time.monotonic()
-    with log.open("wb") as stream:
-        child = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env={**os.environ, **environment})
+    with log.open("wb") as stream, tempfile.TemporaryDirectory(prefix="gptqkit-bench-") as folder:
+        facts = Path(folder, "facts.json")
+        child = subprocess.Popen(
+            [sys.executable, "-S", "-c", _MEASURE, str(facts), *command],
+            stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, cwd=folder, env={**os.environ, **environment}, start_new_session=True,
+        )  # fmt: skip
         try:
-            _, status, usage = os.wait4(child.pid, 0)
+            child.wait()
         except BaseException:
-            child.kill()
+            os.killpg(child.pid, signal.SIGKILL)
             child.wait()
             raise
-    wall = time.monotonic() - start
-    child.returncode = os.waitstatus_to_exitcode(status)  # it has been waited for already, which Popen cannot know
-    return Outcome(child.returncode, wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * _MAXRSS_BYTES / 1e6)
+        if not facts.exists():
+            return Outcome(child.returncode or 1, time.monotonic() - start, 0.0, 0.0)
+        code, cpu, peak = json.loads(facts.read_text())
+    return Outcome(code, time.monotonic() - start, cpu, peak * _MAXRSS_BYTES / 1e6)
 
 
 def last_error(log: Path, code: int) -> str:

@@ -163,14 +163,19 @@ def _run(request: Request, tool: Tool, bits: int, seed: int | None, tokens: _Tok
 
 
 def _command(request: Request, tool: Tool, bits: int, seed: int, out: Path, tokens: _Tokens) -> list[str]:
+    """With absolute paths: a child runs in a folder of its own, because some tools leave files where they are started."""
+    folder, out = request.folder.absolute(), out.absolute()
     if not tool.ours:
-        values = (request.folder, out, tokens.file(seed), bits, request.group_size, seed, request.device)
+        values = (folder, out, tokens.file(seed).absolute(), bits, request.group_size, seed, request.device)
         return [*tool.arguments, *map(str, values)]
+    calibration = request.calibration
+    if calibration is not None and Path(calibration).exists():
+        calibration = str(Path(calibration).absolute())
     options = {
         "--bits": bits, "--group-size": request.group_size, "--samples": request.samples, "--seqlen": request.seqlen, "--seed": seed,
-        "--device": request.device, **({} if request.calibration is None else {"--calibration": request.calibration}),
+        "--device": request.device, **({} if calibration is None else {"--calibration": calibration}),
     }  # fmt: skip
-    return [*tool.arguments, str(request.folder), str(out), "--sym", *(str(word) for pair in options.items() for word in pair)]
+    return [*tool.arguments, str(folder), str(out), "--sym", *(str(word) for pair in options.items() for word in pair)]
 
 
 def _environment(request: Request) -> dict[str, str]:

@@ -93,5 +93,5 @@ def _pythons(pairs: Sequence[str]) -> dict[str, Path]:
         name, equals, path = pair.partition("=")
         if not equals or not path:
             raise InputError(f"--python {pair}: expected TOOL=PATH, such as --python gptqmodel=venvs/gptqmodel/bin/python")
-        found[name.strip()] = Path(path).expanduser()
+        found[name.strip()] = Path(path).expanduser().absolute()
     return found

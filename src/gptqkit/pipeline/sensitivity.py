@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gptqkit.algorithms.estimate import rounding_loss
-from gptqkit.algorithms.factor import factorize
+from gptqkit.algorithms.factor import factorize, sample_damp
 from gptqkit.algorithms.gptq import EFFORTS, solve_group
 from gptqkit.algorithms.gram import Gram
 from gptqkit.algorithms.precision import exact, short_products
@@ -257,7 +257,7 @@ class _Trial:
         if not members or gram is None:
             return
         self._coverage.complete(self._groups[group], gram, None)
-        gram_II = gram.finish()
+        gram_II, tokens = gram.finish(), gram.effective_tokens
         effort = EFFORTS[task.config.preset]._replace(signed=task.config.signed_scales and task.config.preset != "plain")
         weights_OI = [self._weight(info) for info, _ in members]
         specs = [spec for _, unit in members if (spec := reference(unit, task.target_bits)) is not None]
@@ -270,10 +270,12 @@ class _Trial:
             damp=task.config.damp,
             effort=effort,
             name=f"block {self.index}: {name}",
+            tokens=tokens,
         )
         with exact():
             identity_I = torch.arange(gram_II.shape[0], device=gram_II.device)
-            pivot_I = factorize(gram_II, identity_I, task.config.damp, rule=effort.damping).pivot_I
+            damp = sample_damp(task.config.damp, gram_II.shape[0], tokens)
+            pivot_I = factorize(gram_II, identity_I, damp, rule=effort.damping).pivot_I
         for (info, unit), weight_OI, solution in zip(members, weights_OI, solutions, strict=True):
             self._quantized[unit.name].append((info, solution.weight))
             for number, spec in enumerate(unit.options):

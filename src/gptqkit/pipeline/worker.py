@@ -153,6 +153,7 @@ class BlockWorker:
         solutions = solve_group(
             weights_OI, gram_II, specs, order=config.column_order, damp=config.damp, name=names,
             effort=EFFORTS[config.preset].limited(signed=config.signed_scales), cross_II=cross_II, ahead_IO=ahead_IO,
+            tokens=grams.own.effective_tokens,
         )  # fmt: skip
         return [
             (
