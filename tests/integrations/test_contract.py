@@ -144,7 +144,8 @@ def test_expert_containers_describe_themselves() -> None:
 
 
 def test_loading_asks_the_quantizer_for_its_rules_and_saving_reverts_them() -> None:
-    assert parameters(base.HfQuantizer.update_weight_conversions) == ["self", "weight_conversions", "model"], f"{WHERE} (experts)"
+    taken = parameters(base.HfQuantizer.update_weight_conversions)
+    assert taken in (["self", "weight_conversions", "model"], ["self", "weight_conversions"]), f"{WHERE} (experts)"  # 5.18; before it
     assert "hf_quantizer.update_weight_conversions(" in inspect.getsource(conversion_mapping.get_model_conversion_mapping), (
         f"{WHERE} (experts)"
     )
