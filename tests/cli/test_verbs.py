@@ -77,6 +77,14 @@ def test_dry_run_is_readable(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert max(map(len, text.splitlines())) <= 200
 
 
+def test_options_without_effect_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["quantize", TINY, str(tmp_path / "out"), "--method", "hqq", "--dry-run"]
+    assert run([*command, "--preset", "best", "--samples", "8"]) == 0
+    assert "--samples, --preset: without effect, since method hqq has no use for it" in capsys.readouterr().out
+    assert run(command) == 0
+    assert "warning" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

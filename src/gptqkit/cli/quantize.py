@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +17,7 @@ from gptqkit.cli.output import Answer, duration, facts, number, percent, size, t
 from gptqkit.cli.progress import Progress
 from gptqkit.cli.recipe import make_request
 from gptqkit.core.config import QuantConfig
+from gptqkit.core.events import Event
 from gptqkit.core.recipe import shipped_recipes
 
 WORST = 8
@@ -103,9 +105,11 @@ def quantize(
             model, request.config, samples=request.samples, seqlen=request.seqlen, device=device, dtype=dtype, memory=budget,
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
-        data = plan.to_dict()
+        data = replace(plan, events=(*_unused(typed, request.config), *plan.events)).to_dict()
         return Answer(data, describe_plan(data, model, request.config))
     with Progress() as emit:
+        for event in _unused(typed, request.config):
+            emit(event)
         run = api.quantize(
             model, out, request.config, calibration=request.calibration, samples=request.samples, seqlen=request.seqlen, seed=request.seed,
             device=device, dtype=dtype, memory=budget, resume=resume, overwrite=overwrite, strict=strict,
@@ -113,6 +117,16 @@ def quantize(
         )  # fmt: skip
     data = run.to_dict()
     return Answer(data, describe_run(data, model, out, request.config))
+
+
+def _unused(typed: Mapping[str, Any], config: QuantConfig) -> list[Event]:
+    """Says which typed options have no effect with the method."""
+    names = [] if config.needs_calibration else ["calibration", "samples", "seqlen"]
+    names += [] if config.solves else ["preset", "order"]
+    options = [f"--{name}" for name in names if typed[name] is not None]
+    if not options:
+        return []
+    return [Event("warning", f"{', '.join(options)}: without effect, since method {config.method} has no use for it", {"options": options})]
 
 
 def recipe_line(config: QuantConfig) -> str:

@@ -293,7 +293,7 @@ def _check(name: str, spec: LinearSpec, out_features: int, in_features: int, con
 
 def _notes(model: StreamedModel, config: QuantConfig, seqlen: int) -> list[Event]:
     notes = []
-    if model.context is not None and seqlen > model.context:
+    if config.needs_calibration and model.context is not None and seqlen > model.context:
         notes.append(
             Event("warning", f"seqlen {seqlen} is longer than the model's context; using {model.context}", {"seqlen": model.context})
         )
