@@ -107,7 +107,7 @@ def test_measured_units_are_what_a_whole_model_shows(model: Path) -> None:
             weights = [linear.weight.detach().clone() for linear in linears]
             spec = reference(unit, 3.6)
             assert spec is not None
-            solutions = solve_group(weights, gram_II, [spec] * len(weights), order="group-aware", damp=0.01)
+            solutions = solve_group(weights, gram_II, [spec] * len(weights), order="group-aware", damp=0.01, tokens=fit.numel())
             for linear, solution in zip(linears, solutions, strict=True):
                 linear.weight.copy_(solution.weight.dequantize())
             after = log_softmax(whole(probe).logits, -1)
