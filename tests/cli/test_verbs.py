@@ -119,7 +119,10 @@ def test_an_interrupted_run_says_how_to_go_on_and_does(tmp_path: Path) -> None:
     out = tmp_path / "out"
     command = [sys.executable, "-m", "gptqkit", "quantize", TINY, str(out), "--group-size", "64", "--samples", "32", "--seqlen", "512"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # ignored where the tests run in the background
+    )  # fmt: skip
     assert process.stderr is not None
     for line in process.stderr:
         if "quantizing blocks" in line:
