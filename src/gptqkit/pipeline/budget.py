@@ -19,7 +19,8 @@ from gptqkit.core.events import Emit, Event
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
 from gptqkit.pipeline.journal import Journal
-from gptqkit.pipeline.plan import Memory, Prepared, replan
+from gptqkit.pipeline.memory import Memory
+from gptqkit.pipeline.plan import Prepared, replan
 from gptqkit.pipeline.sensitivity import Measuring, Sensitivity, choose_tokens, measure
 from gptqkit.pipeline.units import config_for, find_units
 from gptqkit.planner.budget import Unit, allocate

@@ -45,7 +45,7 @@ from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
 from gptqkit.pipeline.capture import BlockPass, Seen
 from gptqkit.pipeline.coverage import Coverage
-from gptqkit.pipeline.plan import FIT_TOKENS, PROBE_TOKENS, PROBES
+from gptqkit.pipeline.memory import FIT_TOKENS, PROBE_TOKENS, PROBES
 from gptqkit.pipeline.stream import make_batches
 from gptqkit.pipeline.units import linear_name
 from gptqkit.pipeline.worker import put_weight

@@ -29,7 +29,8 @@ from gptqkit.pipeline.activations import Activations
 from gptqkit.pipeline.capture import BlockPass, Reference
 from gptqkit.pipeline.coverage import Coverage
 from gptqkit.pipeline.journal import Journal
-from gptqkit.pipeline.plan import BATCH_TOKENS, Plan, linear_name
+from gptqkit.pipeline.memory import BATCH_TOKENS
+from gptqkit.pipeline.plan import Plan, linear_name
 from gptqkit.pipeline.residual import find_anchors
 from gptqkit.pipeline.worker import WIDE, BlockWorker, LinearRecord, put_weight
 
