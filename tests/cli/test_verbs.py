@@ -43,7 +43,7 @@ def test_quantize_prints_the_record(tmp_path: Path, capsys: pytest.CaptureFixtur
     text, log = capsys.readouterr()
     assert "gptq, 3 bits, symmetric, groups of 64, order group-aware, format gptq" in text
     assert "The 8 of 28 linears with the largest error" in text
-    for word in ("size", "error", "fallbacks", "not quantized", "check", "time", "peak memory", "written to"):
+    for word in ("size", "error", "fallbacks", "not quantized", "kept", "check", "time", "peak memory", "written to"):
         assert any(line.startswith(word) for line in text.splitlines()), word
     assert f"gptqkit eval {out} --against {TINY}" in text
     assert "\x1b" not in text + log
@@ -75,6 +75,24 @@ def test_dry_run_is_readable(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "vLLM 0.33, mlx-lm, compressed-tensors and GGUF refuse it" in text
     assert "Nothing was computed or written" in text
     assert max(map(len, text.splitlines())) <= 200
+
+
+def test_plan_accounts_for_every_parameter(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["plan", TINY, "--bits", "3", "--group-size", "64", "--rule", "layers\\.1\\.=skip"]) == 0
+    text = capsys.readouterr().out
+    assert "--dry-run" not in text
+    for words in ("quantized  3 bits, groups of 64", "skipped    skipped by a rule", "kept       embedding", "the model"):
+        assert any(line.startswith(words) for line in text.splitlines()), words
+    found = answer(["plan", TINY, "--bits", "3", "--group-size", "64"], capsys)
+    assert sum(row["parameters"] for row in found["account"]["rows"]) == found["account"]["parameters"]
+    assert found["account"]["after"] == found["size_after"]
+
+
+def test_inspect_says_what_is_kept_and_why(checkpoint: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["inspect", str(checkpoint)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    for words in ("quantized  4 bits, groups of 64", "kept       embedding", "kept       norm or small parameter", "the model"):
+        assert any(line.startswith(words) for line in lines), words
 
 
 def test_options_without_effect_are_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

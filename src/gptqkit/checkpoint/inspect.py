@@ -12,12 +12,15 @@ from typing import Any
 import torch
 
 from gptqkit.checkpoint.engines import Facts, Verdict, judge
+from gptqkit.checkpoint.files import read_json
 from gptqkit.checkpoint.quantized import QuantizedCheckpoint, find_quantization, read_config
 from gptqkit.checkpoint.source import TensorSource
+from gptqkit.core.accounting import DENSE, EXTRA, KEPT, OUTSIDE_MODEL, QUANTIZED, SKIPPED, Account, Entry, spec_rule
 
 SCALE_NAMES = ("scales", "weight_scale")
 GROUP_NAMES = ("g_idx", "weight_g_idx")
 HEADS = ("lm_head", "embed_out")
+EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "embeddings", "embed_positions")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +58,7 @@ class Inspection:
     bits_per_weight         8 * nbytes / parameters; linear_bits_per_weight the same over the quantized linears (None: there are none)
     specs                   how many linears and weights have which bits, group size and symmetry, most weights first
     tied_head               there is no output head of its own
+    account                 what is quantized how and what is kept why: from the run's record where there is one, else from names and shapes
     engines                 who can serve it; empty for a dense model
     """
 
@@ -73,10 +77,11 @@ class Inspection:
     linears: tuple[LinearRow, ...]
     not_quantized: tuple[DenseRow, ...]
     not_quantized_nbytes: int
+    account: Account
     engines: tuple[Verdict, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "engines": [verdict.to_dict() for verdict in self.engines]}
+        return {**asdict(self), "account": self.account.to_dict(), "engines": [verdict.to_dict() for verdict in self.engines]}
 
 
 def inspect_checkpoint(folder: Path) -> Inspection:
@@ -150,8 +155,46 @@ def _inspection(
         linears=rows,
         not_quantized=not_quantized,
         not_quantized_nbytes=sum(row.nbytes for row in not_quantized),
+        account=_account(source, rows, not_quantized),
         engines=verdicts,
     )
+
+
+def _account(source: TensorSource, rows: tuple[LinearRow, ...], dense: tuple[DenseRow, ...]) -> Account:
+    recorded = _recorded_rules(source.folder)
+    linears = [
+        Entry(QUANTIZED, spec_rule(row.bits, row.group_size, sym=row.sym), row.out_features * row.in_features, None, row.nbytes)
+        for row in rows
+    ]
+    state = KEPT if rows else DENSE
+    kept = [Entry(*recorded.get(row.name, (state, _guessed_rule(row))), prod(row.shape), None, row.nbytes) for row in dense]
+    return Account.of([*linears, *kept])
+
+
+def _recorded_rules(folder: Path) -> dict[str, tuple[str, str]]:
+    """State and rule of each tensor that the run which wrote the folder left as it was; empty without its record."""
+    path = folder / "gptqkit" / "run.json"
+    record = read_json(path) if path.exists() else {}
+    found: dict[str, tuple[str, str]] = {}
+    for key, state in (("kept", KEPT), ("skipped", SKIPPED)):
+        for tensor in record.get(key) or ():
+            rule = str(tensor["reason"])
+            found[str(tensor["name"])] = (EXTRA if rule in OUTSIDE_MODEL else state, rule)
+    return found
+
+
+def _guessed_rule(row: DenseRow) -> str:
+    """What a tensor is, as far as its name and shape tell."""
+    path = row.name.split(".")
+    if any(mark in path[-2:-1] for mark in EMBEDDINGS):
+        return "embedding"
+    if path[-2:-1] and path[-2] in HEADS:
+        return "output head"
+    if path[-1].endswith("bias"):
+        return "bias"
+    if len(row.shape) < 2 or min(row.shape) == 1:
+        return "norm or small parameter"
+    return "matrix of a block" if any(part.isdigit() for part in path) else "matrix outside the blocks"
 
 
 def _strings(value: Any) -> tuple[str, ...]:

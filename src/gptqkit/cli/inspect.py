@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gptqkit import api
+from gptqkit.cli.account import account_table, count
 from gptqkit.cli.failures import guard
 from gptqkit.cli.options import Checkpoint, Debug, Json
 from gptqkit.cli.output import Answer, facts, number, size, table
@@ -39,13 +40,13 @@ def describe_inspection(data: Mapping[str, Any], every: bool) -> str:
     pairs = [
         ("format", data["format"] + (f", written by {', '.join(data['quantizer'])}" if data["quantizer"] else "")),
         ("model", f"{data['model_type'] or 'unknown'} ({architecture}), {data['dtype'] or '-'}"),
-        ("size", f"{size(data['nbytes'])}, {number(data['bits_per_weight'])} bits per weight over {_count(data['parameters'])} weights"),
+        ("size", f"{size(data['nbytes'])}, {number(data['bits_per_weight'])} bits per weight over {count(data['parameters'])} weights"),
     ]
     if data["linear_bits_per_weight"] is not None:
         pairs.append(("quantized", f"{len(data['linears'])} linears at {number(data['linear_bits_per_weight'])} bits per weight"))
     if data["linears"]:
         pairs.append(("not quantized", _dense_line(data)))
-    parts = [facts(pairs)]
+    parts = [facts(pairs), "", account_table(data["account"])]
     if data["linears"]:
         parts += ["", _linear_table(data["linears"]) if every else _kind_table(data["linears"])]
     if data["engines"]:
@@ -72,7 +73,7 @@ def _kind_table(linears: Sequence[Mapping[str, Any]]) -> str:
     for row in linears:
         shape = f"{row['out_features']}x{row['in_features']}"
         kinds[(row["name"].rsplit(".", 1)[-1], shape, row["bits"], row["group_size"], "yes" if row["sym"] else "no", row["g_idx"])] += 1
-    return table(["linear", ">shape", ">bits", ">group", "sym", "g_idx", ">count"], [[*kind, count] for kind, count in kinds.items()])
+    return table(["linear", ">shape", ">bits", ">group", "sym", "g_idx", ">count"], [[*kind, many] for kind, many in kinds.items()])
 
 
 def _linear_table(linears: Sequence[Mapping[str, Any]]) -> str:
@@ -81,7 +82,3 @@ def _linear_table(linears: Sequence[Mapping[str, Any]]) -> str:
         shape = f"{row['out_features']}x{row['in_features']}"
         rows.append([row["name"], shape, row["bits"], row["group_size"], "yes" if row["sym"] else "no", size(row["nbytes"])])
     return table(["linear", ">shape", ">bits", ">group", "sym", ">size"], rows)
-
-
-def _count(value: int) -> str:
-    return f"{value / 1e9:.2f} G" if value >= 1e9 else f"{value / 1e6:.1f} M"

@@ -22,6 +22,7 @@ from gptqkit.cli.eval import evaluate
 from gptqkit.cli.failures import BROKEN_PIPE, INTERRUPTED, UsageError, complain, show_usage_error
 from gptqkit.cli.generate import generate
 from gptqkit.cli.inspect import inspect
+from gptqkit.cli.plan import plan
 from gptqkit.cli.quantize import quantize
 from gptqkit.cli.verify import verify
 
@@ -31,6 +32,7 @@ VERBS: dict[str, Callable[..., None]] = {
     "verify": verify,
     "inspect": inspect,
     "convert": convert,
+    "plan": plan,
     "doctor": doctor,
     "generate": generate,
     "demo": demo,

@@ -10,15 +10,44 @@ from typing import Annotated, Any
 import typer
 
 from gptqkit import api
+from gptqkit.cli.account import account_table
 from gptqkit.cli.budget import describe_budget
 from gptqkit.cli.failures import guard
-from gptqkit.cli.options import Debug, Device, Dtype, Json, Model, Out, Overwrite, TrustRemoteCode, parse_size
+from gptqkit.cli.options import (
+    Bits,
+    Calibration,
+    Damp,
+    Debug,
+    DescAct,
+    Device,
+    Dtype,
+    Format,
+    GroupSize,
+    Json,
+    Memory,
+    Method,
+    Model,
+    Order,
+    Out,
+    Overwrite,
+    Preset,
+    RecipeName,
+    RuleOptions,
+    Samples,
+    Seed,
+    Seqlen,
+    SignedScales,
+    Sym,
+    TargetBits,
+    TrustRemoteCode,
+    parse_size,
+)
 from gptqkit.cli.output import Answer, duration, facts, number, percent, size, table
 from gptqkit.cli.progress import Progress
 from gptqkit.cli.recipe import make_request
+from gptqkit.core.accounting import EXTRA, KEPT
 from gptqkit.core.config import QuantConfig
 from gptqkit.core.events import Event
-from gptqkit.core.recipe import shipped_recipes
 
 WORST = 8
 """Linears in the final table: those with the largest error. layers.jsonl has all."""
@@ -28,51 +57,26 @@ WORST = 8
 def quantize(
     model: Model,
     out: Out,
-    bits: Annotated[int | None, typer.Option(metavar="N", help="2 to 8. [default: 4]")] = None,
-    group_size: Annotated[
-        int | None, typer.Option(metavar="N", help="Columns that share a scale: 32, 64, 128, 256, or -1 for a row. [default: 128]")
-    ] = None,
-    target_bits: Annotated[
-        float | None,
-        typer.Option(metavar="X", help="Mean bits per weight, e.g. 3.5: bits and groups of each linear are chosen by measurement."),
-    ] = None,
-    sym: Annotated[bool | None, typer.Option("--sym/--asym", help="Symmetric grid, or zero points. [default: sym]")] = None,
-    method: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="How codes are chosen: gptq, awq, awq+gptq; without calibration hqq, rtn. [default: gptq]"),
-    ] = None,
-    preset: Annotated[
-        str | None, typer.Option(metavar="NAME", help="How much work goes into it: plain (textbook GPTQ), fast, best. [default: fast]")
-    ] = None,
-    signed_scales: Annotated[
-        bool | None,
-        typer.Option("--signed-scales/--no-signed-scales", help="Symmetric scales may be negative. [default: signed]"),
-    ] = None,
-    format: Annotated[
-        str | None, typer.Option(metavar="NAME", help="How they are stored: gptq, gptq_v2, compressed-tensors. [default: gptq]")
-    ] = None,
-    calibration: Annotated[
-        str | None, typer.Option(metavar="FILE|DATASET", help="jsonl, json, txt, csv, parquet, or a hub id. [default: the bundled text]")
-    ] = None,
-    samples: Annotated[int | None, typer.Option(metavar="N", help="Calibration sequences. [default: 128]")] = None,
-    seqlen: Annotated[int | None, typer.Option(metavar="N", help="Tokens in each. [default: 2048]")] = None,
-    seed: Annotated[int | None, typer.Option(metavar="N", help="Which sequences are drawn. [default: 0]")] = None,
-    order: Annotated[
-        str | None, typer.Option(metavar="NAME", help="Column order: natural, activation, group-aware. [default: group-aware]")
-    ] = None,
-    desc_act: Annotated[bool | None, typer.Option("--desc-act", help="Groups follow the activation order; many engines refuse it.")] = None,
-    damp: Annotated[float | None, typer.Option(metavar="X", help="Damping, as a fraction of the Gram diagonal. [default: 0.01]")] = None,
-    rule: Annotated[
-        list[str] | None, typer.Option(metavar="RULE", help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'; repeatable, first match wins.")
-    ] = None,
-    recipe: Annotated[
-        str | None, typer.Option(metavar="NAME|FILE", help=f"{', '.join(shipped_recipes())}, or a YAML file; typed options override it.")
-    ] = None,
+    bits: Bits = None,
+    group_size: GroupSize = None,
+    target_bits: TargetBits = None,
+    sym: Sym = None,
+    method: Method = None,
+    preset: Preset = None,
+    signed_scales: SignedScales = None,
+    format: Format = None,
+    calibration: Calibration = None,
+    samples: Samples = None,
+    seqlen: Seqlen = None,
+    seed: Seed = None,
+    order: Order = None,
+    desc_act: DescAct = None,
+    damp: Damp = None,
+    rule: RuleOptions = None,
+    recipe: RecipeName = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
-    memory: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory for activations, e.g. 8GB; the rest goes to disk. [default: half the free]")
-    ] = None,
+    memory: Memory = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the unfinished run in OUT.")] = False,
     overwrite: Overwrite = False,
     strict: Annotated[bool, typer.Option("--strict", help="A linear left unquantized without a rule is an error.")] = False,
@@ -106,7 +110,7 @@ def quantize(
             trust_remote_code=trust_remote_code,
         )  # fmt: skip
         data = replace(plan, events=(*_unused(typed, request.config), *plan.events)).to_dict()
-        return Answer(data, describe_plan(data, model, request.config))
+        return Answer(data, describe_plan(data, model, request.config) + "\n\nNothing was computed or written (--dry-run).")
     with Progress() as emit:
         for event in _unused(typed, request.config):
             emit(event)
@@ -156,6 +160,7 @@ def describe_run(data: Mapping[str, Any], model: str, out: str, config: QuantCon
         ("error", _error_line(linears)),
         ("fallbacks", _fallback_line(linears)),
         ("not quantized", skipped_line(data["skipped"])),
+        ("kept", _kept_line(data["account"])),
         ("check", _check_line(data["check"])),
         ("time", _time_line(data["seconds"])),
         ("peak memory", _memory_line(data)),
@@ -208,6 +213,14 @@ def skipped_line(skipped: Sequence[Mapping[str, Any]]) -> str:
     return "; ".join(said) or "nothing"
 
 
+def _kept_line(account: Mapping[str, Any]) -> str:
+    """The share of the model that keeps its precision, and the rules that say so."""
+    kept = [row for row in account["rows"] if row["state"] == KEPT]
+    rules = ", ".join(f"{row['rule']} {percent(row['share'])}" for row in kept)
+    outside = "".join(f"; {row['rule']}: {size(row['after'])}" for row in account["rows"] if row["state"] == EXTRA)
+    return f"{percent(sum(row['share'] for row in kept))} of the parameters ({rules}){outside}"
+
+
 def _check_line(check: Mapping[str, Any] | None) -> str:
     if not check:
         return "not made: there were no held-back tokens"
@@ -232,7 +245,7 @@ def _place(data: Mapping[str, Any]) -> str:
 
 
 def describe_plan(data: Mapping[str, Any], model: str, config: QuantConfig) -> str:
-    """What --dry-run prints: linears of equal shape and spec in one row, then the totals."""
+    """A plan in words: linears of equal shape and spec in one row, what becomes of every parameter, and the totals."""
     kinds: Counter[tuple[str, str, int, int, bool]] = Counter()
     for linear in data["linears"]:
         shape = "x".join(map(str, linear["shape"]))
@@ -241,12 +254,12 @@ def describe_plan(data: Mapping[str, Any], model: str, config: QuantConfig) -> s
     pairs = [
         ("linears", f"{len(data['linears'])} in {data['blocks']} blocks"),
         ("not quantized", skipped_line(data["skipped"])),
-        ("kept as is", skipped_line(data["kept"])),
         ("size", f"{size(data['size_before'])} -> {size(data['size_after'])}"),
         ("computed on", f"{data['device']} in {data['dtype']}"),
         ("peak memory", f"{size(data['peak_memory'])} predicted; activations wait {_place(data)} between blocks"),
         ("time", duration(data["seconds"]) if data["seconds"] is not None else "not known on this device"),
     ]
     notes = ["", *(f"{event['kind']}: {event['message']}" for event in data["events"])] if data["events"] else []
-    lines = [f"{model}: {recipe_line(config)}", "", table(["linear", ">shape", ">bits", ">group", "sym", ">count"], rows), "", facts(pairs)]
-    return "\n".join([*lines, *notes, "", "Nothing was computed or written (--dry-run)."])
+    linears = table(["linear", ">shape", ">bits", ">group", "sym", ">count"], rows)
+    parts = [f"{model}: {recipe_line(config)}", "", linears, "", account_table(data["account"]), "", facts(pairs), *notes]
+    return "\n".join(parts)

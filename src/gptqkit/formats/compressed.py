@@ -55,6 +55,11 @@ class CompressedTensorsFormat:
             )
         return None
 
+    def nbytes(self, spec: LinearSpec, out_features: int, in_features: int) -> int:
+        groups = group_count(in_features, spec.group_size)
+        zeros = 0 if spec.sym else packed_words(out_features, spec.bits) * groups
+        return 4 * (out_features * packed_words(in_features, spec.bits) + zeros) + 2 * groups * out_features + 16
+
     def refuses(self, weight: QuantizedWeight) -> str | None:
         spec = LinearSpec(weight.bits, weight.group_size, weight.sym)
         return self.refuses_spec(spec, weight.out_features, weight.in_features, weight.group_I is not None)

@@ -70,6 +70,11 @@ class GptqFormat:
                 )
         return None
 
+    def nbytes(self, spec: LinearSpec, out_features: int, in_features: int) -> int:
+        groups = group_count(in_features, spec.group_size)
+        words = packed_words(in_features, spec.bits) * out_features + groups * packed_words(out_features, spec.bits)
+        return 4 * words + 2 * groups * out_features + 4 * in_features
+
     def refuses(self, weight: QuantizedWeight) -> str | None:
         spec = LinearSpec(weight.bits, weight.group_size, weight.sym)
         reason = self.refuses_spec(spec, weight.out_features, weight.in_features, weight.group_I is not None)

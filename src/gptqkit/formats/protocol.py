@@ -29,6 +29,9 @@ class Format(Protocol):
     def refuses_spec(self, spec: LinearSpec, out_features: int, in_features: int, desc_act: bool) -> str | None:
         """Why a linear of this shape and spec cannot be stored, known before any work; None when it can."""
 
+    def nbytes(self, spec: LinearSpec, out_features: int, in_features: int) -> int:
+        """Bytes of all tensors of a linear of this shape and spec, as `encode` makes them."""
+
     def refuses(self, weight: QuantizedWeight) -> str | None:
         """Why this very weight cannot be stored without loss; None when it can."""
 

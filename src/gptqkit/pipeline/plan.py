@@ -5,13 +5,13 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from gptqkit.checkpoint.quantized import is_quantized
+from gptqkit.core.accounting import Account
 from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.errors import InputError
 from gptqkit.core.events import Event
@@ -20,40 +20,22 @@ from gptqkit.hf.skeleton import resolve_model
 from gptqkit.models.device import resolve_device, resolve_dtype
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.models.weights import DenseWeights
+from gptqkit.pipeline.accounting import KeptTensor, PlannedLinear, copied, kept_tensors, make_account, planned_linear, unbuilt_notes
 from gptqkit.pipeline.memory import Memory, predict_measuring, predict_memory
 from gptqkit.pipeline.units import config_for, equal_allocation, find_units
 from gptqkit.pipeline.units import linear_name as linear_name
 
 
 @dataclass(frozen=True, slots=True)
-class PlannedLinear:
-    """A linear that will be quantized; `name` as in the checkpoint."""
-
-    name: str
-    shape: tuple[int, int]
-    bits: int
-    group_size: int
-    sym: bool
-
-
-@dataclass(frozen=True, slots=True)
-class KeptTensor:
-    """A tensor that is copied unchanged, and why."""
-
-    name: str
-    reason: str
-    bytes: int
-
-
-@dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will do. Sizes in bytes."""
+    """What a run will do. Sizes in bytes; `account` says for every parameter of the model what becomes of it."""
 
     model: str
     blocks: int
     linears: tuple[PlannedLinear, ...]
     skipped: tuple[KeptTensor, ...]
     kept: tuple[KeptTensor, ...]
+    account: Account
     size_before: int
     size_after: int
     device: str
@@ -110,17 +92,18 @@ def prepare(
     weights = streamed.weights
     assert isinstance(weights, DenseWeights)
     settled = config if config.target_bits is None else _before_measuring(streamed, config, config.target_bits)
-    linears, skipped, kept, after = _sizes(streamed, settled)
-    events = list(_notes(streamed, config, seqlen))
+    contents = _contents(streamed, settled)
+    events = [*_notes(streamed, config, seqlen), *unbuilt_notes(streamed, contents.kept)]
     seqlen = min(seqlen, streamed.context or seqlen)
     plan = Plan(
         model=folder.resolve().name,
         blocks=streamed.block_count,
-        linears=linears,
-        skipped=skipped,
-        kept=kept,
+        linears=contents.linears,
+        skipped=contents.skipped,
+        kept=contents.kept,
+        account=contents.account,
         size_before=weights.source.nbytes,
-        size_after=after,
+        size_after=contents.size_after,
         device=str(on),
         dtype=str(compute).removeprefix("torch."),
         memory=_memory(streamed, config, samples * seqlen, memory),
@@ -132,8 +115,9 @@ def prepare(
 
 def replan(prepared: Prepared, config: QuantConfig) -> Prepared:
     """The same with other rules: what a bit budget has chosen."""
-    linears, skipped, kept, after = _sizes(prepared.model, config)
-    return replace(prepared, plan=replace(prepared.plan, linears=linears, skipped=skipped, kept=kept, size_after=after))
+    contents = _contents(prepared.model, config)
+    changed = {name: getattr(contents, name) for name in contents.__dataclass_fields__}
+    return replace(prepared, plan=replace(prepared.plan, **changed))
 
 
 def _memory(model: StreamedModel, config: QuantConfig, tokens: int, budget: int | None) -> Memory:
@@ -152,14 +136,23 @@ def _before_measuring(model: StreamedModel, config: QuantConfig, target_bits: fl
     return config_for(config, units, equal_allocation(units, target_bits))
 
 
-def _sizes(
-    model: StreamedModel, config: QuantConfig
-) -> tuple[tuple[PlannedLinear, ...], tuple[KeptTensor, ...], tuple[KeptTensor, ...], int]:
-    """Linears to quantize, those that a rule skips, everything else, and bytes afterwards."""
+@dataclass(frozen=True, slots=True)
+class _Contents:
+    """What becomes of each tensor: the parts of a plan that follow from the rules."""
+
+    linears: tuple[PlannedLinear, ...]
+    skipped: tuple[KeptTensor, ...]
+    kept: tuple[KeptTensor, ...]
+    account: Account
+    size_after: int
+
+
+def _contents(model: StreamedModel, config: QuantConfig) -> _Contents:
     linears, skipped = _linears(model, config)
-    kept = _kept(model, {f"{linear.name}.weight" for linear in linears}, {tensor.name for tensor in skipped})
-    after = sum(_packed_bytes(linear) for linear in linears) + sum(tensor.bytes for tensor in (*kept, *skipped))
-    return linears, skipped, kept, after
+    kept = kept_tensors(model, {f"{linear.name}.weight" for linear in linears}, {tensor.name for tensor in skipped})
+    account = make_account(model, linears, skipped, kept)
+    assert account.after is not None
+    return _Contents(linears, skipped, kept, account, account.after)
 
 
 def _linears(model: StreamedModel, config: QuantConfig) -> tuple[tuple[PlannedLinear, ...], tuple[KeptTensor, ...]]:
@@ -169,10 +162,10 @@ def _linears(model: StreamedModel, config: QuantConfig) -> tuple[tuple[PlannedLi
             name = linear_name(model, index, info.name)
             spec = config.spec(name)
             if spec is None:
-                skipped.append(KeptTensor(f"{name}.weight", "skipped by a rule", _nbytes(model, f"{name}.weight")))
+                skipped.append(copied(model, f"{name}.weight", "skipped by a rule"))
                 continue
             _check(name, spec, info.out_features, info.in_features, config)
-            planned.append(PlannedLinear(name, (info.out_features, info.in_features), spec.bits, spec.group_size, spec.sym))
+            planned.append(planned_linear(name, info, spec, config))
     names = [linear.name for linear in planned] + [tensor.name.removesuffix(".weight") for tensor in skipped]
     for rule in config.rules:
         if not any(re.search(rule.pattern, name) for name in names):
@@ -223,26 +216,3 @@ def _notes(model: StreamedModel, config: QuantConfig, seqlen: int) -> list[Event
             )
         )
     return notes
-
-
-def _kept(model: StreamedModel, planned: set[str], skipped: set[str]) -> tuple[KeptTensor, ...]:
-    reasons = {model.disk_name[kept.name]: kept.reason for kept in model.layout.kept}
-    weights = model.weights
-    assert isinstance(weights, DenseWeights)
-    return tuple(
-        KeptTensor(name, reasons.get(name, "not a parameter of the model"), _nbytes(model, name))
-        for name in weights.names
-        if name not in planned and name not in skipped
-    )
-
-
-def _nbytes(model: StreamedModel, name: str) -> int:
-    weights = model.weights
-    assert isinstance(weights, DenseWeights)
-    return weights.source.info(name).nbytes
-
-
-def _packed_bytes(linear: PlannedLinear) -> int:
-    out_features, in_features = linear.shape
-    groups = 1 if linear.group_size == -1 else math.ceil(in_features / linear.group_size)
-    return out_features * in_features * linear.bits // 8 + out_features * groups * (2 + linear.bits // 8)

@@ -19,6 +19,7 @@ from gptqkit.calibration.tokens import CalibrationSet
 from gptqkit.checkpoint.files import read_json, write_json, write_text
 from gptqkit.checkpoint.source import TensorSource
 from gptqkit.checkpoint.writer import copy_side_files, write_index
+from gptqkit.core.accounting import Account
 from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.errors import CheckFailed, InputError, ResourceError
 from gptqkit.core.events import Emit, Event
@@ -30,10 +31,11 @@ from gptqkit.hf.skeleton import transformers_version
 from gptqkit.models.device import MemoryMeter
 from gptqkit.models.layout import LINEAR_OUTSIDE, UNQUANTIZED_LINEARS
 from gptqkit.models.weights import open_weights
+from gptqkit.pipeline.accounting import KeptTensor, unbuilt_matrices
 from gptqkit.pipeline.budget import Budget, spend
 from gptqkit.pipeline.card import model_card
 from gptqkit.pipeline.journal import FOLDER, Journal
-from gptqkit.pipeline.plan import KeptTensor, Plan, Prepared, prepare
+from gptqkit.pipeline.plan import Plan, Prepared, prepare
 from gptqkit.pipeline.preflight import check_disk, check_output, clear_output, fingerprint, fixed_options
 from gptqkit.pipeline.recipe import recipe_text
 from gptqkit.pipeline.stream import Stream, quantize_blocks
@@ -65,6 +67,7 @@ class Job:
 class Run:
     """The record of a finished run; `gptqkit/run.json` holds the same. Sizes and memory in bytes, times in seconds.
 
+    account           what became of every parameter, by rule
     check             the written checkpoint against the original on held-back calibration tokens; None without such tokens
     peak_memory       how far this process's memory rose above its start
     predicted_memory  what the plan said it would be
@@ -79,6 +82,7 @@ class Run:
     linears: tuple[LinearRecord, ...]
     skipped: tuple[KeptTensor, ...]
     kept: tuple[KeptTensor, ...]
+    account: Account
     calibration: dict[str, Any]
     check: Evaluation | None
     size_before: int
@@ -100,12 +104,15 @@ class Run:
 
     def to_dict(self) -> dict[str, Any]:
         """JSON-serialisable; holds no path of this machine."""
-        plain = {name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("out", "config", "linears", "check")}
+        plain = {
+            name: getattr(self, name) for name in self.__dataclass_fields__ if name not in ("out", "config", "linears", "check", "account")
+        }
         return {
             **{key: [asdict(item) for item in value] if isinstance(value, tuple) else value for key, value in plain.items()},
             "format": self.format,
             "config": self.config.to_dict(),
             "linears": [asdict(record) for record in self.linears],
+            "account": self.account.to_dict(),
             "check": None if self.check is None else self.check.to_dict(),
             "recipe": None if self.recipe is None else asdict(self.recipe),
             "budget": None if self.budget is None else self.budget.to_dict(),
@@ -181,7 +188,7 @@ def _prepare(job: Job, emit: _Recorder) -> tuple[Prepared, CalibrationSet]:
         check_disk(job.out, prepared.plan, reused=job.resume or job.overwrite)
         for event in prepared.plan.events:
             emit(event)
-        unasked = _unasked(prepared.plan)
+        unasked = [*_unasked(prepared.plan), *unbuilt_matrices(prepared.model, prepared.plan.kept)]
         if job.strict and unasked:
             names = ", ".join(tensor.name for tensor in unasked)
             raise InputError(
@@ -229,6 +236,7 @@ def _finish_checkpoint(stream: Stream, prepared: Prepared, records: list[LinearR
     copy_side_files(prepared.folder, folder)
     specs = {record.name: LinearSpec(record.bits, record.group_size, record.sym) for record in records}
     unquantized = [tensor for tensor in prepared.plan.kept if tensor.reason in UNQUANTIZED_LINEARS and tensor.name.endswith(".weight")]
+    unquantized += unbuilt_matrices(prepared.model, prepared.plan.kept)  # an engine that builds them must know
     skipped = [tensor.name.removesuffix(".weight") for tensor in (*prepared.plan.skipped, *unquantized)]
     config = stream.config
     details = {
@@ -282,6 +290,7 @@ def _result(
         linears=tuple(records),
         skipped=plan.skipped,
         kept=plan.kept,
+        account=plan.account,
         calibration=calibration.description,
         check=check,
         size_before=plan.size_before,
