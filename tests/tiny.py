@@ -63,10 +63,28 @@ FAMILIES: dict[str, dict[str, Any]] = {
     },
 }
 
+_HIDDEN = {**_LLAMA, "intermediate_size": 32, "num_local_experts": 4, "num_experts_per_tok": 2}
+CONTAINERS: dict[str, dict[str, Any]] = {
+    "gpt_oss": {**_HIDDEN, "head_dim": 16},
+    "granitemoe": _HIDDEN,
+    "llama4_text": {**_HIDDEN, "num_experts_per_tok": 1, "intermediate_size_mlp": 64, "head_dim": 16, "attention_chunk_size": 64},
+    "aria_text": {**_HIDDEN, "moe_num_experts": 4, "moe_topk": 2, "moe_num_shared_experts": 1},
+    "longcat_flash": {
+        **_LLAMA, **_LATENT, "head_dim": 16, "num_layers": 2, "ffn_hidden_size": 64, "expert_ffn_hidden_size": 32, "n_routed_experts": 4,
+        "zero_expert_num": 2, "moe_topk": 2,
+    },
+    "dbrx": {
+        "d_model": 64, "n_heads": 4, "n_layers": 2, "vocab_size": 256, "max_seq_len": 64,
+        "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32, "moe_num_experts": 4, "moe_top_k": 2},
+        "attn_config": {"kv_n_heads": 2, "rope_theta": 1e4, "clip_qkv": 8.0},
+    },
+}  # fmt: skip
+"""Families whose experts are held in another way: transposed, interleaved, with biases, flat, stacked in the checkpoint too."""
+
 
 def tiny_config(family: str, **changes: Any) -> Any:
     """The family's configuration, shrunk."""
-    return AutoConfig.for_model(family, **{**FAMILIES[family], **_TOKENS, **changes})
+    return AutoConfig.for_model(family, **{**(FAMILIES | CONTAINERS)[family], **_TOKENS, **changes})
 
 
 def save_tiny(

@@ -18,10 +18,10 @@ from transformers.quantizers import auto, base
 from transformers.utils import quantization_config
 
 from gptqkit.hf import quantizer
-from gptqkit.hf.experts import model_names
+from gptqkit.hf.names import model_names
 
 WHERE = f"transformers {transformers.__version__} changed it; adapt src/gptqkit/hf/quantizer.py"
-EXPERTS = f"transformers {transformers.__version__} changed it; adapt src/gptqkit/hf/experts.py"
+EXPERTS = f"transformers {transformers.__version__} changed it; adapt src/gptqkit/hf/containers.py"
 
 
 def parameters(function: Any) -> list[str]:
@@ -110,14 +110,14 @@ def test_loader_keeps_integers_and_takes_declared_dtypes() -> None:
 
 def test_renaming_machinery_has_the_signature_we_call() -> None:
     expected = ["source_key", "weight_renamings", "weight_converters", "base_model_prefix", "meta_state_dict"]
-    assert parameters(core_model_loading.rename_source_key)[:5] == expected, f"rename_source_key: {WHERE} (experts.py: model_names)"
+    assert parameters(core_model_loading.rename_source_key)[:5] == expected, f"rename_source_key: {WHERE} (names.py: model_names)"
     assert parameters(conversion_mapping.get_model_conversion_mapping)[0] == "model", (
-        f"get_model_conversion_mapping: {WHERE} (experts.py: model_names)"
+        f"get_model_conversion_mapping: {WHERE} (names.py: model_names)"
     )
     model = build_model("llama")
     assert list(model_names(model, ["layers.0.mlp.up_proj.weight"])) == [
         ("layers.0.mlp.up_proj.weight", "model.layers.0.mlp.up_proj.weight", False)
-    ], f"a base model's names do not get their prefix: {WHERE} (experts.py: model_names)"
+    ], f"a base model's names do not get their prefix: {WHERE} (names.py: model_names)"
 
 
 def test_models_say_what_is_tied_and_what_may_be_missing() -> None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from tests.integrations.checkpoints import Checkpoint, make_checkpoint, tokens, write_tensors
-from transformers import AutoConfig
 
 import gptqkit
 from gptqkit.core.errors import InputError
+from gptqkit.hf import containers
 
 UP = "model.layers.1.mlp.up_proj"
 
@@ -76,16 +76,11 @@ def test_a_missing_expert_is_named(tmp_path: Path) -> None:
         gptqkit.load(checkpoint.folder)
 
 
-def test_experts_that_cannot_be_taken_apart_are_refused_by_name(llama: Checkpoint, tmp_path: Path) -> None:
-    """longcat_flash: its experts compute in their own way."""
-    sizes = {"hidden_size": 64, "num_layers": 1, "expert_ffn_hidden_size": 96, "n_routed_experts": 2, "zero_expert_num": 1, "moe_topk": 1}
-    config = AutoConfig.for_model("longcat_flash", vocab_size=96, num_attention_heads=4, **sizes).to_dict()
-    quantization = json.loads((llama.folder / "config.json").read_text())["quantization_config"]
-    tmp_path.joinpath("config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
-    packed = {name.removeprefix(UP): tensor for name, tensor in llama.tensors.items() if name.startswith(f"{UP}.")}
-    write_tensors(tmp_path, {f"model.layers.0.mlp.experts.1.up_proj{local}": tensor for local, tensor in packed.items()})
-    with pytest.raises(InputError, match=r"experts\.1\.up_proj is quantized, but LongcatFlashForCausalLM merges it .* cannot take apart"):
-        gptqkit.load(tmp_path)
+def test_experts_that_cannot_be_taken_apart_are_refused_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = make_checkpoint(tmp_path / "model", "qwen3_moe")
+    monkeypatch.setattr(containers, "_KINDS", ())
+    with pytest.raises(InputError, match=r"experts\.0\.\w+ is quantized, but Qwen3MoeForCausalLM merges it .* cannot take apart"):
+        gptqkit.load(checkpoint.folder)
 
 
 def test_broken_files_are_named(llama: Checkpoint, tmp_path: Path) -> None:

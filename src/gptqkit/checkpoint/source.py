@@ -8,9 +8,11 @@ while mapped kills the process.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from gptqkit.checkpoint.files import read_json
+from gptqkit.checkpoint.pieces import Piece
 from gptqkit.core.errors import InputError
 
 INDEX_NAME = "model.safetensors.index.json"
@@ -49,9 +52,11 @@ class TensorSource:
     torch.Size([8192, 512])
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo]) -> None:
+    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], pieces: Mapping[str, Piece] | None = None) -> None:
         self.folder = folder
         self._tensors = tensors
+        self._pieces = dict(pieces or {})
+        self._stacked = {piece.stored for piece in self._pieces.values()}
 
     @classmethod
     def open(cls, folder: Path) -> TensorSource:
@@ -74,9 +79,26 @@ class TensorSource:
         """One safetensors file by itself. Raises InputError as `open`."""
         return cls(path.parent, _header(path.parent, path.name))
 
+    def with_pieces(self, pieces: Mapping[str, Piece]) -> TensorSource:
+        """The same files; stacked tensors are listed and read by the names of their pieces. Raises InputError where one does not fit."""
+        for name, piece in pieces.items():
+            if not piece.fits(shape := self.info(piece.stored).shape):
+                raise InputError(
+                    f"tensor {piece.stored} has shape {list(shape)} and cannot hold {name}, one of {piece.parts} parts of each of "
+                    f"{piece.count} experts (config.json of another model?)"
+                )
+        return TensorSource(self.folder, self._tensors, {**self._pieces, **pieces})
+
+    def together(self, names: Collection[str]) -> list[str]:
+        """`names`, and for containers all of whose pieces are among them, the tensors that the checkpoint stores in their place."""
+        wanted = set(names)
+        apart = {piece.container for name, piece in self._pieces.items() if name not in wanted}
+        whole = {name: piece.stored for name, piece in self._pieces.items() if piece.container not in apart}
+        return list(dict.fromkeys(whole.get(name, name) for name in names))
+
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._tensors)
+        return (*(name for name in self._tensors if name not in self._stacked), *self._pieces)
 
     @property
     def nbytes(self) -> int:
@@ -84,9 +106,15 @@ class TensorSource:
         return sum(info.nbytes for info in self._tensors.values())
 
     def __contains__(self, name: str) -> bool:
-        return name in self._tensors
+        return name in self._pieces or (name in self._tensors and name not in self._stacked)
 
     def info(self, name: str) -> TensorInfo:
+        """Where a tensor lies and what it is; of a piece that is scattered, where its slice lies."""
+        if (piece := self._pieces.get(name)) is not None:
+            whole = self.info(piece.stored)
+            shape = piece.shape(whole.shape)
+            begin = whole.offset + piece.offset(whole.shape, whole.dtype.itemsize)
+            return TensorInfo(whole.file, whole.dtype, shape, begin, math.prod(shape) * whole.dtype.itemsize)
         try:
             return self._tensors[name]
         except KeyError:
@@ -94,7 +122,14 @@ class TensorSource:
 
     def read(self, name: str) -> Tensor:
         """A fresh CPU tensor. Raises InputError when the file has become shorter than its header says."""
-        info = self.info(name)
+        piece, info = self._pieces.get(name), self.info(name)
+        if piece is None or piece.contiguous:
+            return self._read(name, info)
+        shape = piece.slice_shape(self.info(piece.stored).shape)
+        around = replace(info, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)
+        return piece.cut(self._read(name, around)).contiguous()
+
+    def _read(self, name: str, info: TensorInfo) -> Tensor:
         raw = torch.empty(info.nbytes, dtype=torch.uint8)
         view = raw.numpy().data
         with open(self.folder / info.file, "rb", buffering=0) as file:

@@ -19,7 +19,8 @@ from gptqkit.checkpoint.quantized import QuantizedCheckpoint
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event
-from gptqkit.hf.skeleton import resolve_model
+from gptqkit.hf.names import find_pieces
+from gptqkit.hf.skeleton import build_skeleton, load_config, resolve_model
 from gptqkit.models.weights import Weights, open_weights
 
 TIMES_ROUNDING = 5.0
@@ -53,8 +54,12 @@ class Comparison:
 
 def compare_weights(checkpoint: QuantizedCheckpoint, against: str, emit: Emit) -> Comparison:
     """Compares every tensor with the model `against` (a folder or hub id). Raises InputError when that cannot be read."""
-    original = open_weights(resolve_model(against))
+    folder = resolve_model(against)
+    original = open_weights(folder)
     names = set(original.names)
+    if any(f"{name}.weight" not in names for name in checkpoint.linears):  # stored stacked there
+        original = original.with_pieces(find_pieces(build_skeleton(load_config(folder), torch.float32), names))
+        names = set(original.names)
     emit(Event("stage", "comparing with the original", {"name": "compare"}))
     scaled = _scales_inputs(checkpoint)
     errors, implausible = [], []

@@ -38,7 +38,9 @@ from transformers.utils.quantization_config import GPTQConfig as StockGPTQConfig
 from transformers.utils.quantization_config import QuantizationMethod
 
 from gptqkit.core.errors import InputError
-from gptqkit.hf.experts import conversions, model_names, replace_experts
+from gptqkit.hf.containers import containers
+from gptqkit.hf.experts import replace_experts
+from gptqkit.hf.names import conversions, model_names, renames_stack
 
 PLAIN_LINEARS = ("FalconLinear",)
 """Subclasses of nn.Linear whose forward is x @ weight.T + bias, written differently."""
@@ -171,8 +173,7 @@ class Quantizer(HfQuantizer):
             raise InputError("a quantized model is loaded from its files; state_dict= cannot be passed with it")
         self.prepared = model
         tensor_names, packed = self.binding.read(self.quantization_config.to_dict(), [str(file) for file in checkpoint_files])
-        if _stacks(model, packed):
-            self.experts = replace_experts(model, visit_all=False)
+        self.experts = replace_experts(model, visit_all=False, among=_apart(model, tensor_names, packed))
         backend = self.binding.backend(getattr(self.quantization_config, "backend", None))
         for stem, target in _linear_names(model, packed).items():
             place = _place(model, stem, target, has_bias=f"{stem}.bias" in tensor_names)
@@ -190,7 +191,7 @@ class Quantizer(HfQuantizer):
         """
         stock = super().update_weight_conversions(weight_conversions, *([] if model is None else [model]))
         own = conversions(stock, model if model is not None else self.prepared)
-        self.stacking = [rule for rule in stock if not _among(rule, own)]
+        self.stacking = [rule for rule in stock if not _among(rule, own) or renames_stack(rule, self.prepared if model is None else model)]
         self.unstacking = [rule for rule in own if not _among(rule, stock)]
         return own
 
@@ -217,7 +218,7 @@ class Quantizer(HfQuantizer):
             experts = model.get_submodule(name)
             model.set_submodule(name, _with_hook(experts.get_submodule("0.down_proj"), experts.stacked()))
         if self.experts:  # what save_pretrained undoes: from now on, transformers' own stacking again
-            kept = [rule for rule in model._weight_conversions if not _among(rule, self.unstacking)]
+            kept = [rule for rule in model._weight_conversions if not _among(rule, [*self.unstacking, *self.stacking])]
             model._weight_conversions = [*kept, *self.stacking]
             self.experts = []
         return model
@@ -299,9 +300,13 @@ def _among(rule: Any, rules: Iterable[Any]) -> bool:
     return any(rule is other for other in rules)
 
 
-def _stacks(model: Any, packed: Iterable[str]) -> bool:
-    """Whether loading would stack quantized linears into one parameter."""
-    return any(merged for _, _, merged in model_names(model, [f"{stem}.weight" for stem in packed]))
+def _apart(model: Any, tensor_names: Iterable[str], packed: Iterable[str]) -> list[str]:
+    """The containers of experts that the checkpoint holds one by one: all, where loading would stack quantized linears."""
+    found = containers(model)
+    if any(merged for _, _, merged in model_names(model, [f"{stem}.weight" for stem in packed])):
+        return found
+    targets = [target for _, target, _ in model_names(model, tensor_names)] if found else []
+    return [name for name in found if any(re.match(rf"{re.escape(name)}\.\d+\.", target) for target in targets)]
 
 
 def _linear_names(model: Any, packed: Mapping[str, Any]) -> dict[str, str]:

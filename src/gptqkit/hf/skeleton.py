@@ -23,7 +23,8 @@ from transformers.pytorch_utils import Conv1D
 
 from gptqkit.checkpoint.files import read_json
 from gptqkit.core.errors import InputError
-from gptqkit.hf.experts import model_names, replace_experts
+from gptqkit.hf.experts import replace_experts
+from gptqkit.hf.names import model_names
 
 _DOWNLOAD = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.tiktoken", "*.py", "LICENSE*"]
 

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from gptqkit.core.errors import InputError
-from gptqkit.hf.experts import is_container, refusal
+from gptqkit.hf.containers import is_container, refusal
 from gptqkit.hf.skeleton import is_conv1d
 from gptqkit.models.standin import Call, hidden_of, stand_ins
 

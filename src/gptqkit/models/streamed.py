@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from gptqkit.core.errors import InputError
+from gptqkit.hf.names import find_pieces
 from gptqkit.hf.skeleton import build_skeleton, checkpoint_names, is_conv1d, load_config
 from gptqkit.models.layout import Layout, discover
 from gptqkit.models.standin import Call, CallStore, StopForward, stand_ins
@@ -34,10 +35,10 @@ class StreamedModel:
     def __init__(self, skeleton: Any, layout: Layout, weights: Weights, device: torch.device, dtype: torch.dtype) -> None:
         self.skeleton = skeleton
         self.layout = layout
-        self.weights = weights
+        self.weights = weights.with_pieces(find_pieces(skeleton, weights.names))
         self.device = device
         self.dtype = dtype
-        self.disk_name = checkpoint_names(skeleton, weights.names)
+        self.disk_name = checkpoint_names(skeleton, self.weights.names)
         self._twins = _twins(skeleton)
         self._places = {name: [_place(skeleton, twin) for twin in twins] for name, twins in self._twins.items()}
         self._meta: dict[str, nn.Parameter] = {}
@@ -147,7 +148,7 @@ class StreamedModel:
             return (hidden_BTH,) if self.layout.returns_tuple else hidden_BTH
 
         embedding = self.skeleton.get_input_embeddings()
-        self.skeleton.set_input_embeddings(_Blank(embedding.embedding_dim, self.dtype))
+        self.skeleton.set_input_embeddings(_Blank(embedding.embedding_dim, self.dtype, self.device))
         try:
             with stand_ins(self.skeleton, self.layout.path, inject):
                 return self.skeleton(input_ids=ids_BT.to(self.device), use_cache=False).logits
@@ -227,13 +228,12 @@ class StreamedModel:
 class _Blank(nn.Module):
     """Stands for the embedding where its values do not matter: what comes before the blocks, when only what comes after them is wanted."""
 
-    def __init__(self, width: int, dtype: torch.dtype) -> None:
+    def __init__(self, width: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self._width = width
-        self._dtype = dtype
+        self.weight = torch.zeros(1, width, dtype=dtype, device=device)  # models ask it where they are
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        return torch.zeros((), dtype=self._dtype, device=ids_BT.device).expand(*ids_BT.shape, self._width)
+        return self.weight[0].expand(*ids_BT.shape, -1)
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

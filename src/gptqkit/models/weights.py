@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 from torch import Tensor
 
+from gptqkit.checkpoint.pieces import Piece
 from gptqkit.checkpoint.quantized import QuantizedCheckpoint, is_quantized
 from gptqkit.checkpoint.source import TensorSource
 
@@ -25,6 +28,9 @@ class Weights(Protocol):
 
     def is_expanded(self, name: str) -> bool:
         """True when `read(name)` is a dequantized linear: [out, in] whatever the module's own orientation."""
+
+    def with_pieces(self, pieces: Mapping[str, Piece]) -> Weights:
+        """The same, stacked tensors listed and read by their pieces. Raises InputError where one does not fit."""
 
 
 class DenseWeights:
@@ -45,6 +51,9 @@ class DenseWeights:
 
     def is_expanded(self, name: str) -> bool:
         return False
+
+    def with_pieces(self, pieces: Mapping[str, Piece]) -> DenseWeights:
+        return DenseWeights(self.source.with_pieces(pieces))
 
 
 class QuantizedWeights:
@@ -69,6 +78,11 @@ class QuantizedWeights:
 
     def is_expanded(self, name: str) -> bool:
         return name.removesuffix(".weight") in self.checkpoint.linears
+
+    def with_pieces(self, pieces: Mapping[str, Piece]) -> QuantizedWeights:
+        stacked = {piece.stored for piece in pieces.values()}
+        dense = (*(name for name in self.checkpoint.dense_names if name not in stacked), *pieces)
+        return QuantizedWeights(replace(self.checkpoint, source=self.checkpoint.source.with_pieces(pieces), dense_names=dense))
 
 
 def open_weights(folder: Path) -> Weights:

@@ -185,7 +185,8 @@ def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int) -
             worker.solve(group)
     shard = stream.block_shard(index)
     replaced = {f"{record.name}.weight" for record in worker.records} | set(worker.tensors)
-    dense = {name: stream.source.read(name) for name in stream.block_tensors(index) if name not in replaced}
+    kept = [name for name in stream.block_tensors(index) if name not in replaced]
+    dense = {name: stream.source.read(name) for name in stream.source.together(kept)}
     digest = write_shard(stream.journal.checkpoint / shard, {**worker.tensors, **dense})
     stream.journal.record(index, {"shard": shard, "sha256": digest, "linears": worker.to_journal()})
     return worker.records
