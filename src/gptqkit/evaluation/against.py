@@ -58,7 +58,8 @@ def compare_weights(checkpoint: QuantizedCheckpoint, against: str, emit: Emit) -
     original = open_weights(folder)
     names = set(original.names)
     if any(f"{name}.weight" not in names for name in checkpoint.linears):  # stored stacked there
-        original = original.with_pieces(find_pieces(build_skeleton(load_config(folder), torch.float32), names))
+        pieces = find_pieces(build_skeleton(load_config(folder), torch.float32), names)
+        original = original.with_pieces({name: piece for name, piece in pieces.items() if piece.stored not in checkpoint.dense_names})
         names = set(original.names)
     emit(Event("stage", "comparing with the original", {"name": "compare"}))
     scaled = _scales_inputs(checkpoint)

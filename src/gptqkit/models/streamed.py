@@ -134,9 +134,11 @@ class StreamedModel:
                 raise StopForward
             return (hidden,) if self.layout.returns_tuple else hidden
 
+        ids_BT = ids_BT.to(self.device)
+        self.skeleton.get_input_embeddings()(ids_BT[:1, :1])  # loads it: Llama 4 asks where its weight is before calling it
         with stand_ins(self.skeleton, self.layout.path, record):
             try:
-                self.skeleton(input_ids=ids_BT.to(self.device), use_cache=False)
+                self.skeleton(input_ids=ids_BT, use_cache=False)
             except StopForward:
                 pass
         return received[0]
