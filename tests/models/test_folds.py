@@ -12,6 +12,7 @@ import torch
 from tests.tiny import save_tiny, token_ids
 from torch import Tensor, nn
 
+from gptqkit.models import supply
 from gptqkit.models.folds import Fold, Folds, find_folds, fold_norm
 from gptqkit.models.layout import InputGroup, linear_info
 from gptqkit.models.standin import Call, CallStore
@@ -56,7 +57,8 @@ def loaded(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Ite
     save_tiny(folder, family, dtype=dtype)
     model = StreamedModel.open(folder, device=torch.device("cpu"), dtype=dtype)
     calls = CallStore()
-    with torch.no_grad():
+    with torch.no_grad(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(supply, "HELD", 100)  # the tests change weights of experts in place
         with model.loaded_outside():
             hidden_BTH = model.embed(torch.tensor(token_ids(4, 24)), 0, calls)
         with model.loaded_block(0) as block:
@@ -65,7 +67,9 @@ def loaded(folder: Path, family: str, dtype: torch.dtype = torch.float32) -> Ite
             for parameter in block.parameters():
                 if parameter.ndim == 1:
                     parameter += 0.3 * torch.randn(parameter.shape, generator=generator).to(dtype)
-            yield Loaded(model, block, calls.get(0, 0), hidden_BTH)
+            tiny = Loaded(model, block, calls.get(0, 0), hidden_BTH)
+            tiny.output()  # after which all experts are there
+            yield tiny
 
 
 def described(folds: Folds, groups: int) -> str:

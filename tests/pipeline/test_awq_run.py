@@ -55,10 +55,10 @@ def test_the_written_checkpoint_computes_what_was_solved(
     solved: dict[str, Tensor] = {}
     put = worker_module.put_weight
 
-    def note(streamed: Any, index: int, info: Any, weight: Any, scale_I: Tensor | None = None) -> None:
+    def note(streamed: Any, index: int, info: Any, weight: Any, again: Any, scale_I: Tensor | None = None) -> None:
         name = f"{streamed.layout.block_name(index)}.{info.name}.weight"
         solved.setdefault(name, weight.dequantize() if scale_I is None else weight.dequantize() / scale_I)
-        put(streamed, index, info, weight, scale_I)
+        put(streamed, index, info, weight, again, scale_I)
 
     monkeypatch.setattr(worker_module, "put_weight", note)
     run = gptqkit.quantize(model, tmp_path / "out", config(method, format=form), **SMALL)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import copy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -31,6 +31,9 @@ def run(folder: Path, *, paused: bool, reference: bool = False, factor: float = 
     def see(group: int, batch: Seen) -> None:
         seen.append((group, batch.x.clone(), None if batch.original is None else batch.original.clone()))
 
+    def changed(name: str) -> torch.Tensor:
+        return model.read_parameter(name) * factor
+
     with torch.inference_mode():
         with model.loaded_outside():
             for number, ids in enumerate(batches):
@@ -38,13 +41,14 @@ def run(folder: Path, *, paused: bool, reference: bool = False, factor: float = 
                 if original is not None:
                     original[number] = hidden[number]
         for index, groups in enumerate(model.layout.blocks):
-            with model.loaded_block(index) as block:
+            with model.loaded_copies(index, 2) as (block, twin):
 
-                def solve(group: int, block: torch.nn.Module = block, groups: tuple = groups) -> None:
+                def solve(group: int, index: int = index, groups: tuple = groups) -> None:
                     for linear in groups[group].linears:
-                        block.get_submodule(linear.name).weight.data.mul_(factor)
+                        name = f"{model.layout.block_name(index)}.{linear.name}.weight"
+                        model.put_parameter(name, changed(name), partial(changed, name))
 
-                beside = None if original is None else Reference(copy.deepcopy(block), original)
+                beside = None if original is None else Reference(twin, original)
                 BlockPass(block, groups, [calls.get(b, index) for b in range(3)], hidden, reference=beside).run(
                     paused=paused, on_input=see, on_group=solve
                 )

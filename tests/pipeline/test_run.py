@@ -19,8 +19,9 @@ from tests.tiny import FAMILIES, save_tiny, token_ids
 
 import gptqkit
 from gptqkit import InputError, QuantConfig
+from gptqkit.checkpoint.spool import Spool
 from gptqkit.core.events import Event
-from gptqkit.pipeline import journal, stream
+from gptqkit.pipeline import journal
 
 CONFIG = QuantConfig(bits=4, group_size=32)
 SMALL = {"calibration": token_ids(), "samples": 12, "seqlen": 32}
@@ -354,15 +355,15 @@ def test_a_quantized_model_is_not_quantized_again(model: Path, tmp_path: Path) -
 
 def test_a_full_disk_is_a_resource_error_and_resumable(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     gptqkit.quantize(model, tmp_path / "whole", CONFIG, **SMALL)
-    write = stream.write_shard
+    publish = Spool.publish
     calls = iter(range(100))
 
-    def full(path: Path, tensors: dict[str, torch.Tensor]) -> str:
-        if next(calls) == 2:
+    def full(self: Spool, path: Path) -> str:
+        if next(calls) == 1:
             raise gptqkit.ResourceError("no space left while writing")
-        return write(path, tensors)
+        return publish(self, path)
 
-    monkeypatch.setattr(stream, "write_shard", full)
+    monkeypatch.setattr(Spool, "publish", full)
     with pytest.raises(gptqkit.ResourceError):
         gptqkit.quantize(model, tmp_path / "out", CONFIG, **SMALL)
     monkeypatch.undo()

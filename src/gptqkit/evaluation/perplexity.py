@@ -27,10 +27,10 @@ from gptqkit.core.events import Emit, Event, silent
 from gptqkit.data import heldout_text
 from gptqkit.hf.skeleton import resolve_model
 from gptqkit.hf.tokenizer import check_vocabulary, encode, load_tokenizer
-from gptqkit.models.attention import WideAttention
 from gptqkit.models.device import give_back_memory, resolve_device, resolve_dtype
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
+from gptqkit.models.supply import run_in_step
 
 _FORWARD_TOKENS = 4096
 _SCORED_VALUES = 4 << 20
@@ -139,8 +139,8 @@ def last_hidden(model: StreamedModel, ids_NT: Tensor, name: str, emit: Emit) -> 
     with model.loaded_outside():
         hidden = [model.embed(ids, number, calls) for number, ids in enumerate(batches)]
     for index in range(model.block_count):
-        with model.loaded_block(index) as block, WideAttention():
-            hidden = [calls.get(number, index).run(block, state) for number, state in enumerate(hidden)]
+        with model.loaded_block(index) as block:
+            run_in_step(block, [calls.get(number, index) for number in range(len(hidden))], hidden, hidden)
         emit(Event("block", f"block {index + 1} of {model.block_count}", {"index": index, "blocks": model.block_count, "stage": name}))
     give_back_memory()
     return torch.cat(hidden)

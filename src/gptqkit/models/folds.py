@@ -30,6 +30,7 @@ from torch.func import functional_call
 from gptqkit.models.attention import WideAttention
 from gptqkit.models.layout import InputGroup, LinearInfo, is_linear, linear_info
 from gptqkit.models.standin import Call
+from gptqkit.models.supply import streamed_modules
 
 EXACT, ROUNDED = 5e-3, 5e-2
 """How far outputs may be from what they were, relative to their norm: exact scales, and where a weight 1 + w had to be rounded. A wrong
@@ -138,6 +139,7 @@ class _Probe:
         self._block, self._groups, self._call, self._hidden_BTH = block, groups, call, hidden_BTH
         self._linears = {name: module for name, module in block.named_modules() if is_linear(module)}
         self._norms = {name: module for name, module in block.named_modules() if _is_norm(module)}
+        self._streamed = {leaf: expert for expert, leaf in streamed_modules(block)}
         self._base = self._run()
 
     def candidates(self, index: int, quantized: Collection[str]) -> Iterator[Fold]:
@@ -150,9 +152,10 @@ class _Probe:
                 if offset is not None:
                     yield Fold(index, name, torch.arange(group.in_features, device=read.device), offset)
                 return
+        owner = self._streamed.get(group.linears[0].name)  # nothing passes elementwise from one expert into another
         for earlier in reversed(self._groups[max(0, index - REACH) : index]):
             for linear in reversed(earlier.linears):
-                if linear.name in quantized:
+                if linear.name in quantized and self._streamed.get(linear.name) == owner:
                     yield from self._from_linear(index, linear)
 
     def reaches(self, folds: Sequence[Fold]) -> bool:
@@ -194,12 +197,8 @@ class _Probe:
     def _head_size(self, index: int, linear: LinearInfo, start: int, rows: int, times: int) -> int | None:
         """Where one output channel is met `times` times by the reader, at equal distances: that distance."""
         before = self._base.inputs[self._groups[index].linears[0].name][0]
-        weight_OI, bias_O = self._weight(linear.name), self._linears[linear.name].bias
         channel = start + min(1, rows - 1)
-        with _kept(weight_OI), _kept(bias_O):
-            weight_OI[channel] *= 2
-            if isinstance(bias_O, Tensor):
-                bias_O[channel] *= 2
+        with self._divided(linear.name, torch.where(torch.arange(linear.out_features, device=before.device) == channel, 0.5, 1.0)):
             after = self._run().inputs[self._groups[index].linears[0].name][0]
         if after.shape != before.shape:
             return None
@@ -221,26 +220,51 @@ class _Probe:
     @contextmanager
     def _scaled(self, fold: Fold, scale_I: Tensor) -> Iterator[None]:
         """The block with the absorber divided and the readers multiplied."""
-        module = self._block.get_submodule(fold.absorber)
-        weight = module.weight if fold.offset is not None else self._weight(fold.absorber)
-        assert isinstance(weight, Tensor)
-        bias = getattr(module, "bias", None)
-        divisor_R = fold.divisor(scale_I, weight.shape[0])
-        readers = [self._weight(linear.name) for linear in self._groups[fold.group].linears]
-        with _kept(weight), _kept(bias):
+        with ExitStack() as stack:
             if fold.offset is None:
-                weight /= divisor_R[:, None]
+                channels = linear_info(fold.absorber, self._linears[fold.absorber]).out_features
+                stack.enter_context(self._divided(fold.absorber, fold.divisor(scale_I, channels)))
             else:
-                weight.copy_((fold.offset + weight.float()) / divisor_R - fold.offset)
-            if isinstance(bias, Tensor):
-                bias /= divisor_R
-            for reader_OI in readers:
-                reader_OI *= scale_I
-            try:
+                module = self._norms[fold.absorber]
+                weight_I, bias_I = module.get_parameter("weight").data, getattr(module, "bias", None)
+                stack.enter_context(_kept(weight_I))
+                stack.enter_context(_kept(bias_I))
+                weight_I.copy_((fold.offset + weight_I.float()) / scale_I - fold.offset)
+                if isinstance(bias_I, Tensor):
+                    bias_I /= scale_I
+            for linear in self._groups[fold.group].linears:
+                stack.enter_context(self._multiplied(linear.name, scale_I))
+            yield
+
+    @contextmanager
+    def _divided(self, name: str, divisor_R: Tensor) -> Iterator[None]:
+        """A linear whose output is divided: by its parameters, or where those come and go (supply.py), by a hook: equal for powers of 2."""
+        module = self._linears[name]
+        if name in self._streamed:
+            with _hooked(module.register_forward_hook(lambda module, inputs, y_MR: y_MR / divisor_R.to(y_MR.dtype))):
                 yield
-            finally:
-                for reader_OI in readers:
-                    reader_OI /= scale_I  # exact: powers of two
+            return
+        weight_RI, bias_R = self._weight(name), module.bias
+        with _kept(weight_RI), _kept(bias_R):
+            weight_RI /= divisor_R[:, None]
+            if isinstance(bias_R, Tensor):
+                bias_R /= divisor_R
+            yield
+
+    @contextmanager
+    def _multiplied(self, name: str, scale_I: Tensor) -> Iterator[None]:
+        """A linear whose input is multiplied, in the same way."""
+        module = self._linears[name]
+        if name in self._streamed:
+            with _hooked(module.register_forward_pre_hook(lambda module, inputs: (inputs[0] * scale_I.to(inputs[0].dtype),))):
+                yield
+            return
+        weight_OI = self._weight(name)
+        weight_OI *= scale_I
+        try:
+            yield
+        finally:
+            weight_OI /= scale_I  # exact: powers of two
 
     def _weight(self, name: str) -> Tensor:
         """[O, I], a view of the module's own."""
@@ -305,6 +329,14 @@ def _close(before: Sequence[Tensor], after: Sequence[Tensor], limit: float) -> b
     if [x.shape for x in before] != [x.shape for x in after]:
         return False
     return all(float((a.float() - b.float()).norm()) <= limit * float(b.float().norm()) for b, a in zip(before, after, strict=True))
+
+
+@contextmanager
+def _hooked(handle: Any) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -9,7 +9,7 @@ dropped at the end of the phase. Shapes: B = sequences of one batch, T = their l
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,7 @@ from gptqkit.hf.names import find_pieces
 from gptqkit.hf.skeleton import build_skeleton, checkpoint_names, is_conv1d, load_config
 from gptqkit.models.layout import Layout, discover
 from gptqkit.models.standin import Call, CallStore, StopForward, stand_ins
+from gptqkit.models.supply import ExpertSupply, streamed_modules
 from gptqkit.models.weights import Weights, open_weights
 
 
@@ -42,6 +43,7 @@ class StreamedModel:
         self._twins = _twins(skeleton)
         self._places = {name: [_place(skeleton, twin) for twin in twins] for name, twins in self._twins.items()}
         self._meta: dict[str, nn.Parameter] = {}
+        self._supply: tuple[str, ExpertSupply] | None = None
         self._check_complete()
         for name, buffer in list(skeleton.named_buffers()):
             self._set_buffer(name, self.weights.read(self.disk_name[name]) if name in self.disk_name else buffer)
@@ -87,13 +89,31 @@ class StreamedModel:
 
     @contextmanager
     def loaded_block(self, index: int) -> Iterator[nn.Module]:
-        """The block with its weights on the device, in the run's dtype; dropped on leaving."""
+        """The block with its weights on the device, in the run's dtype, those of experts one expert at a time (supply.py); dropped on
+        leaving. Inside, `put_parameter` replaces weights."""
+        with self.loaded_copies(index, 1) as (block,):
+            yield block
+
+    @contextmanager
+    def loaded_copies(self, index: int, count: int) -> Iterator[tuple[nn.Module, ...]]:
+        """As `loaded_block`, with copies of the block after it, on which `put_parameter` has no effect."""
         prefix = self.layout.block_name(index) + "."
-        names = [name for name, _ in self.skeleton.named_parameters() if name.startswith(prefix)]
+        streamed = {prefix + leaf for _, leaf in streamed_modules(self.block(index))}
+        names = [
+            name for name, _ in self.skeleton.named_parameters() if name.startswith(prefix) and name.rpartition(".")[0] not in streamed
+        ]
         self._load(names)
+        supplies: list[ExpertSupply] = []
         try:
-            yield self.block(index)
+            blocks = (self.block(index), *(copy.deepcopy(self.block(index)) for _ in range(count - 1)))
+            for block in blocks:
+                supplies.append(ExpertSupply(block, lambda name: self.read_parameter(prefix + name), self.device, self.dtype))
+            self._supply = (prefix, supplies[0])
+            yield blocks
         finally:
+            self._supply = None
+            for supply in supplies:
+                supply.close()
             self._drop(names)
 
     @contextmanager
@@ -162,9 +182,25 @@ class StreamedModel:
         tensor = self.weights.read(self.disk_name[name])
         return tensor.T.contiguous() if self._flips(name) else tensor
 
-    def put_parameter(self, name: str, value: Tensor) -> None:
-        """Overwrites a loaded parameter, cast to the run's dtype."""
-        self._parameter(name).data.copy_(value)
+    def put_parameter(self, name: str, value: Tensor, again: Callable[[], Tensor]) -> None:
+        """Overwrites a parameter of the loaded block, cast to the run's dtype. `again` makes the value anew, for an expert that has to make
+        room for others and comes back."""
+        if self._supply is not None and (local := name.removeprefix(self._supply[0])) in self._supply[1].names:
+            self._supply[1].put(local, value, again)
+        else:
+            self._parameter(name).data.copy_(value)
+
+    def put_back(self, name: str) -> None:
+        """Undoes `put_parameter`."""
+        if self._supply is not None and (local := name.removeprefix(self._supply[0])) in self._supply[1].names:
+            self._supply[1].put_back(local)
+        else:
+            self._parameter(name).data.copy_(self.read_parameter(name))
+
+    def drop_experts(self) -> None:
+        """Nothing of an expert stays loaded until it is called again."""
+        if self._supply is not None:
+            self._supply[1].drop()
 
     def _parameter(self, name: str) -> nn.Parameter:
         owner, leaf = self._places[name][0]

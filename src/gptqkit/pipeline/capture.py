@@ -29,6 +29,7 @@ from gptqkit.hf.experts import ROUTED
 from gptqkit.models.attention import WideAttention
 from gptqkit.models.layout import InputGroup
 from gptqkit.models.standin import Call, StopForward
+from gptqkit.models.supply import run_in_step
 from gptqkit.pipeline.activations import Activations
 from gptqkit.pipeline.residual import BLOCK_INPUT
 
@@ -93,12 +94,12 @@ class BlockPass:
 
     def propagate(self) -> None:
         """Only replaces `hidden` by the outputs; the reference stays where it is."""
-        _propagate(self.block, self.calls, self.hidden)
+        run_in_step(self.block, self.calls, self.hidden, self.hidden)
 
     def propagate_reference(self) -> None:
         """Only replaces the reference's activations by its outputs."""
         if self.reference is not None:
-            _propagate(self.reference.block, self.calls, self.reference.hidden)
+            run_in_step(self.reference.block, self.calls, self.reference.hidden, self.reference.hidden)
 
     def _paused(self, on_input: OnInput, on_group: OnGroup) -> None:
         streams = [_Flights(block, self.groups, self.calls, hidden, self.anchors) for block, hidden in self._streams()]
@@ -145,7 +146,7 @@ class BlockPass:
         def note(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
             passed[str(anchor)] = _first(inputs, named)
 
-        handles = [_leader(block, self.groups[index]).register_forward_pre_hook(hook, with_kwargs=True)]
+        handles = [_first_to_know(_leader(block, self.groups[index]), hook)]
         if anchor:
             handles.append(block.get_submodule(anchor).register_forward_pre_hook(note, with_kwargs=True))
         try:
@@ -174,9 +175,7 @@ class _Flights:
         self._reached = -1
         self._anchors = anchors or [None] * len(groups)
         self._passed: dict[tuple[object, str], Tensor] = {}
-        self._hooks = [
-            _leader(block, group).register_forward_pre_hook(self._pause(index), with_kwargs=True) for index, group in enumerate(groups)
-        ]
+        self._hooks = [_first_to_know(_leader(block, group), self._pause(index)) for index, group in enumerate(groups)]
         for anchor in {anchor for anchor in self._anchors if anchor}:
             self._hooks.append(block.get_submodule(anchor).register_forward_pre_hook(self._note(anchor), with_kwargs=True))
         self._flights = [greenlet.greenlet(call.run) for call in calls]
@@ -231,15 +230,14 @@ class _Flights:
         return hook
 
 
-def _propagate(block: nn.Module, calls: Sequence[Call], hidden: Activations) -> None:
-    with WideAttention():
-        for batch, call in enumerate(calls):
-            hidden[batch] = call.run(block, hidden[batch])
-
-
 def _leader(block: nn.Module, group: InputGroup) -> nn.Module:
     """The first linear of a group to be called."""
     return block.get_submodule(group.linears[0].name)
+
+
+def _first_to_know(module: nn.Module, hook: Callable[..., None]) -> Any:
+    """Before the hook that loads an expert's weights: those of the expert before are needed until all batches have left it."""
+    return module.register_forward_pre_hook(hook, with_kwargs=True, prepend=True)
 
 
 def _first(inputs: tuple[Any, ...], named: dict[str, Any]) -> Tensor:

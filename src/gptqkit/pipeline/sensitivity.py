@@ -24,6 +24,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -38,10 +39,10 @@ from gptqkit.algorithms.precision import exact, short_products
 from gptqkit.core.config import QuantConfig
 from gptqkit.core.events import Emit, Event
 from gptqkit.core.weight import QuantizedWeight
-from gptqkit.models.attention import WideAttention
 from gptqkit.models.layout import LinearInfo
 from gptqkit.models.standin import Call, CallStore
 from gptqkit.models.streamed import StreamedModel
+from gptqkit.models.supply import run_in_step
 from gptqkit.pipeline.activations import Activations
 from gptqkit.pipeline.capture import BlockPass, Seen
 from gptqkit.pipeline.coverage import Coverage
@@ -147,9 +148,7 @@ class _Flow:
 
     def through(self, block: nn.Module, index: int, before: Activations, after: Activations) -> None:
         """`after` becomes what block `index` makes of `before`; the two may be the same."""
-        with WideAttention():
-            for batch, call in enumerate(self.calls(index)):
-                after[batch] = call.run(block, before[batch])
+        run_in_step(block, self.calls(index), before, after)
 
 
 class _Walk:
@@ -235,11 +234,10 @@ class _Trial:
         """While inside, the block computes with this unit quantized."""
         model = self.walk.task.model
         for info, weight in self._quantized[unit.name]:
-            put_weight(model, self.index, info, weight)
+            put_weight(model, self.index, info, weight, partial(_same, weight))
         yield
         for info, _ in self._quantized[unit.name]:
-            name = f"{model.layout.block_name(self.index)}.{info.name}.weight"
-            model.put_parameter(name, model.read_parameter(name))
+            model.put_back(f"{model.layout.block_name(self.index)}.{info.name}.weight")
 
     def _see(self, group: int, seen: Seen) -> None:
         if self._gram is None:
@@ -283,8 +281,15 @@ class _Trial:
                     self._losses[unit.name][number] += rounding_loss(weight_OI, pivot_I, spec, signed=effort.signed)
 
     def _weight(self, info: LinearInfo) -> Tensor:
-        weight = self.block.get_submodule(info.name).get_parameter("weight").float()
+        model = self.walk.task.model
+        weight = model.read_parameter(f"{model.layout.block_name(self.index)}.{info.name}.weight").to(
+            device=model.device, dtype=torch.float32
+        )
         return weight.T.contiguous() if info.transposed else weight
+
+
+def _same(weight: QuantizedWeight) -> QuantizedWeight:
+    return weight
 
 
 def _copy(source: Activations, target: Activations) -> Activations:

@@ -5,10 +5,10 @@ Read `quantize_blocks` from top to bottom: it is the whole run.
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +17,11 @@ from torch import Tensor
 
 from gptqkit.checkpoint.files import write_shard
 from gptqkit.checkpoint.source import TensorSource
+from gptqkit.checkpoint.spool import Spool
 from gptqkit.checkpoint.writer import shard_name
-from gptqkit.core.config import QuantConfig
+from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.events import Emit, Event
+from gptqkit.core.weight import QuantizedWeight
 from gptqkit.formats import get_format
 from gptqkit.models.device import give_back_memory
 from gptqkit.models.folds import Folds, find_folds
@@ -101,10 +103,11 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
             if max(group.in_features for group in stream.model.layout.blocks[index]) >= WIDE:
                 give_back_memory()
             started = time.perf_counter()
-            with stream.model.loaded_block(index) as block:
+            copies, scratch = 1 if original is None else 2, stream.journal.folder / "block.spool"
+            with Spool(scratch) as spool, stream.model.loaded_copies(index, copies) as (block, *beside):
                 groups, last = stream.model.layout.blocks[index], index == stream.plan.blocks - 1
                 called = [calls.get(b, index) for b in range(len(batches))]
-                reference = None if original is None else Reference(copy.deepcopy(block), original)
+                reference = None if original is None else Reference(beside[0], original)
                 anchors = find_anchors(block, groups, called[0], hidden[0]) if reference is not None else ()
                 # What the block hands on is what its written form makes of the inputs, so with scaling they have to wait for that form.
                 whole = BlockPass(block, groups, called, hidden, last or stream.config.scales_inputs, reference, anchors)
@@ -113,7 +116,7 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
                     whole.propagate()
                     whole.propagate_reference()
                     continue
-                made = _quantize_block(stream, index, whole, sum(batch.numel() for batch in batches))
+                made = _quantize_block(stream, index, whole, sum(batch.numel() for batch in batches), spool)
                 if not last and (reference is not None or stream.config.scales_inputs):
                     whole.propagate()
             records += made
@@ -169,11 +172,11 @@ def _second_stream(stream: Stream, hidden: Activations) -> Activations:
     return second
 
 
-def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int) -> list[LinearRecord]:
+def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int, spool: Spool) -> list[LinearRecord]:
     """One block: every group solved in order of use, its shard written and journalled, `whole.hidden` advanced."""
     coverage = Coverage(whole.block, len(whole.calls), tokens)
     folds = _find_folds(stream, index, whole) if stream.config.scales_inputs else None
-    worker = BlockWorker(stream.model, stream.source, stream.config, index, whole.block, coverage, stream.emit, folds)
+    worker = BlockWorker(stream.model, stream.source, stream.config, index, whole.block, coverage, stream.emit, spool, folds)
     if whole.calls:
         with coverage:
             whole.run(paused=stream.plan.memory.paused, on_input=worker.see, on_group=worker.solve)
@@ -184,10 +187,11 @@ def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int) -
         for group in range(len(whole.groups)):
             worker.solve(group)
     shard = stream.block_shard(index)
-    replaced = {f"{record.name}.weight" for record in worker.records} | set(worker.tensors)
+    replaced = {f"{record.name}.weight" for record in worker.records} | set(spool.names)
     kept = [name for name in stream.block_tensors(index) if name not in replaced]
-    dense = {name: stream.source.read(name) for name in stream.source.together(kept)}
-    digest = write_shard(stream.journal.checkpoint / shard, {**worker.tensors, **dense})
+    for name in stream.source.together(kept):
+        spool.put(name, stream.source.read(name))
+    digest = spool.publish(stream.journal.checkpoint / shard)
     stream.journal.record(index, {"shard": shard, "sha256": digest, "linears": worker.to_journal()})
     return worker.records
 
@@ -215,15 +219,19 @@ def _restore(stream: Stream, index: int) -> None:
         prefix = stream.model.layout.block_name(index) + "."
         for parameter, disk in stream.model.disk_name.items():
             if parameter.startswith(prefix) and disk in shard and len(shard.info(disk).shape) == 1:
-                stream.model.put_parameter(parameter, shard.read(disk))
+                stream.model.put_parameter(parameter, shard.read(disk), partial(shard.read, disk))
     form = get_format(stream.config.format)
+
+    def stored(name: str, spec: LinearSpec) -> QuantizedWeight:
+        tensors = {local: shard.read(f"{name}.{local}") for local in form.tensor_names if f"{name}.{local}" in shard}
+        return form.decode(tensors, spec).to(stream.model.device)
+
     for group in stream.model.layout.blocks[index]:
         for info in group.linears:
             name = linear_name(stream.model, index, info.name)
             spec = stream.config.spec(name)
             if spec is not None:
-                tensors = {local: shard.read(f"{name}.{local}") for local in form.tensor_names if f"{name}.{local}" in shard}
-                put_weight(stream.model, index, info, form.decode(tensors, spec))
+                put_weight(stream.model, index, info, stored(name, spec), partial(stored, name, spec))
 
 
 def _write_outside(stream: Stream) -> None:

@@ -109,7 +109,7 @@ class _Tuner:
     ) -> None:
         self.linears = {name: _Linear(weight, transposed) for name, (weight, transposed) in weights.items()}
         self._block, self._calls, self._inputs, self._targets = block, calls, inputs, targets
-        self._fixed = {name: parameter.detach().clone() for name, parameter in block.named_parameters()}
+        self._fixed = {name: parameter.detach().clone() for name, parameter in block.named_parameters() if not parameter.is_meta}
 
     def measure(self, batches: Sequence[int]) -> float:
         with torch.no_grad():
@@ -139,7 +139,7 @@ class _Tuner:
         # Clones: what was computed under inference mode cannot be saved for backward.
         x_BTH, wanted_BTH = self._inputs[batch][rows].clone(), self._targets[batch][rows].clone()
         values = {f"{name}.weight": linear.value() for name, linear in self.linears.items()}
-        parameters = self._fixed | {name: value.to(self._fixed[name].dtype) for name, value in values.items()}
+        parameters = self._fixed | {name: value.to(self._block.get_parameter(name).dtype) for name, value in values.items()}
         made_BTH = _run(self._block, parameters, _cut(self._calls[batch], self._inputs[batch].shape[0], rows), x_BTH)
         return (made_BTH.float() - wanted_BTH.float()).square().mean()
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,6 +18,7 @@ from gptqkit.algorithms.gram import CrossGram, Gram
 from gptqkit.algorithms.hqq import half_quadratic
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.checkpoint.source import TensorSource
+from gptqkit.checkpoint.spool import Spool
 from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.errors import InputError
 from gptqkit.core.events import Emit, Event
@@ -61,7 +64,7 @@ class LinearRecord:
 class BlockWorker:
     """Quantizes the linears of one loaded block.
 
-    tensors  what goes into its shard for them, and what replaces norms and biases there (by their names in the checkpoint)
+    spool    receives what goes into its shard for them, and what replaces norms and biases there (by their names in the checkpoint)
     records  what became of each
 
     While groups are solved, the block computes with the original norms and with weights that have the scales divided out again; `settle`
@@ -77,6 +80,7 @@ class BlockWorker:
         block: nn.Module,
         coverage: Coverage,
         emit: Emit,
+        spool: Spool,
         folds: Folds | None = None,
     ) -> None:
         self.model = model
@@ -87,9 +91,9 @@ class BlockWorker:
         self.coverage = coverage
         self.emit = emit
         self.format = get_format(config.format)
-        self.tensors: dict[str, Tensor] = {}
+        self.spool = spool
         self.records: list[LinearRecord] = []
-        self._weights: dict[str, tuple[LinearInfo, QuantizedWeight]] = {}
+        self._done: dict[str, LinearInfo] = {}
         self._folds = folds or Folds()
         self._scales: dict[int, Tensor] = {}
         self._grams = _Grams()
@@ -178,8 +182,8 @@ class BlockWorker:
             weight_I = self._stored(fold, "weight")
             assert weight_I is not None
             scale_I = fold_norm(fold.offset, weight_I, None, scale_I)[2]
-        elif fold.absorber in self._weights:
-            least_R, most_R = _divisors(self._weights[fold.absorber][1])
+        elif fold.absorber in self._done:
+            least_R, most_R = _divisors(self._made(fold.absorber))
             scale_I = scale_I.clamp(least_R[fold.channel_I], most_R[fold.channel_I])
         return scale_I if bool((scale_I != 1).any()) else None
 
@@ -194,15 +198,15 @@ class BlockWorker:
                 weight_I, bias_I, _ = fold_norm(fold.offset, weight_I, bias_I, scale_I)
                 self._replace(f"{fold.absorber}.weight", weight_I)
             else:
-                info, weight = self._weights[fold.absorber]
+                info, weight = self._done[fold.absorber], self._made(fold.absorber)
                 divisor_R = fold.divisor(scale_I, weight.out_features)
                 divided_OG = round_scale(weight.scale_OG.float() / divisor_R[:, None]).to(torch.float16)
                 self._keep(info, self._name(info), replace(weight, scale_OG=divided_OG))
                 bias_I = None if bias_I is None else (bias_I.float() / divisor_R).to(bias_I.dtype)
             if bias_I is not None:
                 self._replace(f"{fold.absorber}.bias", bias_I)
-        for info, weight in self._weights.values() if self._scales else ():
-            put_weight(self.model, self.index, info, weight)
+        for name, info in self._done.items() if self._scales else ():
+            put_weight(self.model, self.index, info, self._made(name), partial(self._made, name))
 
     def _stored(self, fold: Fold, leaf: str) -> Tensor | None:
         """A parameter of an absorber as the checkpoint has it, on the device; None when there is none."""
@@ -211,19 +215,20 @@ class BlockWorker:
 
     def _replace(self, local: str, value: Tensor) -> None:
         name = f"{self.model.layout.block_name(self.index)}.{local}"
-        self.model.put_parameter(name, value)
-        self.tensors[self.model.disk_name[name]] = value.cpu()
+        self.model.put_parameter(name, value, lambda: value)
+        self.spool.put(self.model.disk_name[name], value)
 
     def tune(self, whole: BlockPass) -> None:
         """Scales of all linears together, towards what the reference made of the block (tune.py)."""
         assert whole.reference is not None
-        if not self._weights:
+        if not self._done:
             return
-        weights = {name: (weight, info.transposed) for name, (info, weight) in self._weights.items()}
+        weights = {name: (self._made(name), info.transposed) for name, info in self._done.items()}
+        self.model.drop_experts()  # what inference mode has made takes no part in gradients
         tuned = tune_block(self.block, whole.calls, whole.hidden, whole.reference.hidden, weights)
         if tuned.accepted:
             for local, weight in tuned.weights.items():
-                info = self._weights[local][0]
+                info = self._done[local]
                 self._keep(info, self._name(info), weight)
         self._report_tuning(tuned)
 
@@ -236,10 +241,19 @@ class BlockWorker:
         self.emit(Event("note", f"block {self.index + 1}: {words}", facts))
 
     def _keep(self, info: LinearInfo, name: str, weight: QuantizedWeight, scale_I: Tensor | None = None) -> None:
-        put_weight(self.model, self.index, info, weight, scale_I)
-        self._weights[info.name] = (info, weight)
         for local, tensor in self.format.encode(weight.to("cpu")).items():
-            self.tensors[f"{name}.{local}"] = tensor
+            self.spool.put(f"{name}.{local}", tensor)
+        self._done[info.name] = info
+        put_weight(self.model, self.index, info, weight, partial(self._made, info.name), scale_I)
+
+    def _made(self, local: str) -> QuantizedWeight:
+        """What became of a linear, read back: nothing that grows with the number of experts is kept in memory."""
+        name = self._name_of(local)
+        spec = self.config.spec(name)
+        assert spec is not None
+        names = {leaf: f"{name}.{leaf}" for leaf in self.format.tensor_names}
+        tensors = {leaf: self.spool.read(full) for leaf, full in names.items() if full in self.spool}
+        return self.format.decode(tensors, spec).to(self.model.device)
 
     def _report(self, record: LinearRecord) -> None:
         for event in record.events:
@@ -316,12 +330,24 @@ def _divisors(weight: QuantizedWeight) -> tuple[Tensor, Tensor]:
     return magnitude_OG.amax(1) / SCALE_MAX, magnitude_OG.amin(1) / SCALE_MIN
 
 
-def put_weight(model: StreamedModel, index: int, info: LinearInfo, weight: QuantizedWeight, scale_I: Tensor | None = None) -> None:
-    """The quantized weight into the loaded block, so that what follows reads what a user of the checkpoint will compute.
+def put_weight(
+    model: StreamedModel,
+    index: int,
+    info: LinearInfo,
+    weight: QuantizedWeight,
+    again: Callable[[], QuantizedWeight],
+    scale_I: Tensor | None = None,
+) -> None:
+    """The quantized weight into the loaded block, so that what follows reads what a user of the checkpoint will compute. `again` makes it
+    anew (StreamedModel.put_parameter).
 
     With `scale_I` the weight is one for an input divided by that, and the block's input is not divided yet.
     """
-    value_OI = weight.dequantize()
-    if scale_I is not None:
-        value_OI /= scale_I
-    model.put_parameter(f"{model.layout.block_name(index)}.{info.name}.weight", value_OI.T if info.transposed else value_OI)
+
+    def value_of(weight: QuantizedWeight) -> Tensor:
+        value_OI = weight.dequantize()
+        if scale_I is not None:
+            value_OI /= scale_I
+        return value_OI.T if info.transposed else value_OI
+
+    model.put_parameter(f"{model.layout.block_name(index)}.{info.name}.weight", value_of(weight), lambda: value_of(again()))
