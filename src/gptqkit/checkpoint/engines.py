@@ -13,6 +13,9 @@ from typing import Any
 from gptqkit.core.config import LinearSpec
 from gptqkit.formats.patterns import FUSED
 
+HEADS = ("lm_head", "embed_out")
+"""What output heads are called."""
+
 
 @dataclass(frozen=True, slots=True)
 class Facts:
@@ -42,6 +45,11 @@ class Facts:
     @property
     def sym(self) -> bool:
         return all(spec.sym for spec in self.distinct)
+
+    @property
+    def head(self) -> bool:
+        """Whether the output head is quantized."""
+        return any(name.rpartition(".")[2] in HEADS for name in self.specs)
 
     @property
     def experts(self) -> bool:
@@ -148,6 +156,16 @@ def _no_compressed_g_idx(facts: Facts) -> str | None:
     return "groups in activation order were removed from compressed-tensors" if not facts.gptq and facts.reordered else None
 
 
+def _sglang_head(facts: Facts) -> str | None:
+    return (
+        "whether this release reads a quantized output head of compressed-tensors was not tried" if facts.head and not facts.gptq else None
+    )
+
+
+def _stock_head(facts: Facts) -> str | None:
+    return "optimum replaces linears of the blocks only, so the quantized output head is not loaded" if facts.head and facts.gptq else None
+
+
 def _stock_experts(facts: Facts) -> str | None:
     return "the experts' tensors are not matched and random ones are used, silently" if facts.gptq and facts.experts else None
 
@@ -186,6 +204,7 @@ ENGINES: Mapping[str, tuple[Rule, ...]] = {
     "SGLang 0.5.23": (
         Rule("no g_idx in compressed-tensors", "compressed-tensors quant_args.py: GROUP removed 2026-08-27", _no_compressed_g_idx),
         Rule("gptq experts", "sglang moe_wna16", _moe_needs_symmetric),
+        Rule("compressed-tensors head", "sglang pull request 28130: read as unquantized before", _sglang_head, certain=False),
         Rule("compressed-tensors widths", "not tried", _sglang_compressed, certain=False),
         _SPLIT,
         _EXPERTS,
@@ -193,6 +212,7 @@ ENGINES: Mapping[str, tuple[Rule, ...]] = {
     "transformers with gptqkit": (),
     "transformers with optimum and gptqmodel, or compressed-tensors": (
         Rule("experts", "measured: transformers 5.23, optimum 2.3, gptqmodel 7.7", _stock_experts),
+        Rule("quantized head", "optimum gptq/quantizer.py: convert_model", _stock_head),
         Rule("exceptions", "optimum gptq/quantizer.py: convert_model", _stock_exceptions),
         Rule("asymmetric", "measured: transformers 5.23, compressed-tensors 0.20", _stock_asymmetric),
         Rule("no g_idx in compressed-tensors", "compressed-tensors quant_args.py: GROUP removed 2026-08-27", _no_compressed_g_idx),

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from gptqkit.checkpoint.engines import Facts, Verdict, judge
+from gptqkit.checkpoint.engines import HEADS, Facts, Verdict, judge
 from gptqkit.checkpoint.files import read_json
 from gptqkit.checkpoint.quantized import QuantizedCheckpoint, find_quantization, read_config
 from gptqkit.checkpoint.source import TensorSource
@@ -19,8 +19,8 @@ from gptqkit.core.accounting import DENSE, EXTRA, KEPT, OUTSIDE_MODEL, QUANTIZED
 
 SCALE_NAMES = ("scales", "weight_scale")
 GROUP_NAMES = ("g_idx", "weight_g_idx")
-HEADS = ("lm_head", "embed_out")
-EMBEDDINGS = ("embed_tokens", "wte", "wpe", "embed_in", "word_embeddings", "embeddings", "embed_positions")
+TOKEN_EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings")
+EMBEDDINGS = (*TOKEN_EMBEDDINGS, "wpe", "embed_positions")
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,6 +40,7 @@ Method = Annotated[
     str | None,
     typer.Option(metavar="NAME", help="How codes are chosen: gptq, awq, awq+gptq; without calibration hqq, rtn. [default: gptq]"),
 ]
+LmHead = Annotated[int | None, typer.Option(metavar="N", help="Quantize the output head as well, to N bits. [default: kept]")]
 Preset = Annotated[
     str | None, typer.Option(metavar="NAME", help="How much work goes into it: plain (textbook GPTQ), fast, best. [default: fast]")
 ]

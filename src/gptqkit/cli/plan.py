@@ -13,6 +13,7 @@ from gptqkit.cli.options import (
     Format,
     GroupSize,
     Json,
+    LmHead,
     Memory,
     Method,
     Model,
@@ -39,6 +40,7 @@ def plan(
     group_size: GroupSize = None,
     target_bits: TargetBits = None,
     sym: Sym = None,
+    lm_head: LmHead = None,
     method: Method = None,
     preset: Preset = None,
     format: Format = None,
@@ -64,8 +66,8 @@ def plan(
       gptqkit plan ./llama --recipe high-accuracy --json
     """
     typed = {
-        "bits": bits, "group_size": group_size, "target_bits": target_bits, "sym": sym, "method": method, "preset": preset,
-        "format": format, "samples": samples, "seqlen": seqlen, "order": order, "desc_act": desc_act,
+        "bits": bits, "group_size": group_size, "target_bits": target_bits, "sym": sym, "lm_head": lm_head,
+        "method": method, "preset": preset, "format": format, "samples": samples, "seqlen": seqlen, "order": order, "desc_act": desc_act,
     }  # fmt: skip
     request = make_request(recipe, typed, rule or [])
     found = api.plan(

@@ -24,6 +24,7 @@ from gptqkit.cli.options import (
     Format,
     GroupSize,
     Json,
+    LmHead,
     Memory,
     Method,
     Model,
@@ -61,6 +62,7 @@ def quantize(
     group_size: GroupSize = None,
     target_bits: TargetBits = None,
     sym: Sym = None,
+    lm_head: LmHead = None,
     method: Method = None,
     preset: Preset = None,
     signed_scales: SignedScales = None,
@@ -98,8 +100,8 @@ def quantize(
       gptqkit quantize ./llama ./llama-4bit --resume
     """
     typed = {
-        "bits": bits, "group_size": group_size, "target_bits": target_bits, "sym": sym, "method": method, "preset": preset,
-        "signed_scales": signed_scales, "format": format, "order": order, "desc_act": desc_act,
+        "bits": bits, "group_size": group_size, "target_bits": target_bits, "sym": sym, "lm_head": lm_head,
+        "method": method, "preset": preset, "signed_scales": signed_scales, "format": format, "order": order, "desc_act": desc_act,
         "damp": damp, "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed,
     }  # fmt: skip
     request = make_request(recipe, typed, rule or [])
@@ -144,7 +146,8 @@ def recipe_line(config: QuantConfig) -> str:
     if config.target_bits is not None:
         bits, groups = f"{config.target_bits:g} bits on average", "groups by measurement"
     order = f", order {config.column_order}" if config.solves else ""
-    return f"{config.method}, {bits}, {'symmetric' if config.sym else 'asymmetric'}, {groups}{order}, format {config.format}"
+    head = "" if config.lm_head is None else f", output head {config.lm_head} bits"
+    return f"{config.method}, {bits}, {'symmetric' if config.sym else 'asymmetric'}, {groups}{head}{order}, format {config.format}"
 
 
 def describe_run(data: Mapping[str, Any], model: str, out: str, config: QuantConfig) -> str:
@@ -244,6 +247,12 @@ def _place(data: Mapping[str, Any]) -> str:
     return places[data["memory"]["place"]]
 
 
+def _linear_count(data: Mapping[str, Any]) -> str:
+    head = data["head"]
+    inside = f"{len(data['linears']) - (head is not None)} in {data['blocks']} blocks"
+    return inside if head is None else f"{inside}, and the output head {head['name']}"
+
+
 def describe_plan(data: Mapping[str, Any], model: str, config: QuantConfig) -> str:
     """A plan in words: linears of equal shape and spec in one row, what becomes of every parameter, and the totals."""
     kinds: Counter[tuple[str, str, int, int, bool]] = Counter()
@@ -252,7 +261,7 @@ def describe_plan(data: Mapping[str, Any], model: str, config: QuantConfig) -> s
         kinds[(linear["name"].rsplit(".", 1)[-1], shape, linear["bits"], linear["group_size"], linear["sym"])] += 1
     rows = [[name, shape, bits, group, "yes" if sym else "no", n] for (name, shape, bits, group, sym), n in kinds.items()]
     pairs = [
-        ("linears", f"{len(data['linears'])} in {data['blocks']} blocks"),
+        ("linears", _linear_count(data)),
         ("not quantized", skipped_line(data["skipped"])),
         ("size", f"{size(data['size_before'])} -> {size(data['size_after'])}"),
         ("computed on", f"{data['device']} in {data['dtype']}"),

@@ -19,7 +19,9 @@ BUFFER = "buffer"
 SECOND_COPY = "second copy of a tied weight"
 NOT_A_PARAMETER = "not a parameter of the model"
 OUTSIDE_MODEL = (BUFFER, SECOND_COPY, NOT_A_PARAMETER)
-"""The rules of EXTRA tensors."""
+"""The rules of EXTRA tensors that are copied."""
+UNTIED_HEAD = "output head beside the embedding it was tied to"
+"""How the rule of an EXTRA tensor begins that the run adds."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -108,6 +108,7 @@ class QuantConfig:
     order       in which order GPTQ fixes columns: "group-aware" (None: the default), "activation" (static groups), "natural"
     desc_act    groups follow the activation order: needs a g_idx, which vLLM, MLX and GGUF refuse
     damp        damping of the Gram matrix, as a fraction of its diagonal
+    lm_head     bits of the output head, which is kept without; a rule that matches it may give it another group size and symmetry
     rules       exceptions by name, first match wins
     extra       keys of `from_dict` that this version does not know, kept for `to_dict`
 
@@ -126,6 +127,7 @@ class QuantConfig:
     order: str | None = None
     desc_act: bool = False
     damp: float = 0.01
+    lm_head: int | None = None
     rules: tuple[Rule, ...] = ()
     extra: Mapping[str, Any] = field(default_factory=dict)
 
@@ -137,6 +139,8 @@ class QuantConfig:
         _choice("method", self.method, METHODS)
         _choice("preset", self.preset, PRESETS)
         _choice("format", self.format, FORMAT_NAMES)
+        if self.lm_head is not None:
+            _choice("lm_head", self.lm_head, BITS)
         if self.order is not None:
             _choice("order", self.order, ORDERS)
         if self.desc_act and self.order not in (None, "activation"):
@@ -183,6 +187,15 @@ class QuantConfig:
                     self.sym if rule.sym is None else rule.sym,
                 )
         return LinearSpec(self.bits, self.group_size, self.sym)
+
+    def head_spec(self, name: str) -> LinearSpec | None:
+        """The spec of the output head, or None when it is kept. Its bits are `lm_head`, the rest is as for any linear.
+
+        >>> QuantConfig(lm_head=8, rules=(Rule("head", group_size=32),)).head_spec("lm_head")
+        LinearSpec(bits=8, group_size=32, sym=True)
+        """
+        spec = None if self.lm_head is None else self.spec(name)
+        return None if spec is None or self.lm_head is None else LinearSpec(self.lm_head, spec.group_size, spec.sym)
 
     @classmethod
     def from_recipe(cls, recipe: str | Path) -> QuantConfig:

@@ -10,6 +10,9 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+EXPANDED_AT_ONCE = 1 << 26
+"""Values dequantized at a time: three copies of them exist, which for an output head would be far more than the result."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class QuantizedWeight:
@@ -93,8 +96,18 @@ class QuantizedWeight:
     def dequantize(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """[O, I]: scale * (code - zero), computed in float32 and cast once. The same bits wherever a weight is expanded."""
         group_I = self.column_groups()
-        zero: Tensor | int = self.natural_zero if self.zero_OG is None else self.zero_OG.float()[:, group_I]
-        return ((self.codes_OI.float() - zero) * self.scale_OG.float()[:, group_I]).to(dtype)
+        rows = max(1, EXPANDED_AT_ONCE // self.in_features)
+        if self.out_features <= rows:
+            return self._expand(slice(None), group_I).to(dtype)
+        value_OI = torch.empty(self.codes_OI.shape, dtype=dtype, device=self.codes_OI.device)
+        for start in range(0, self.out_features, rows):
+            part = slice(start, start + rows)
+            value_OI[part] = self._expand(part, group_I)
+        return value_OI
+
+    def _expand(self, rows: slice, group_I: Tensor) -> Tensor:
+        zero: Tensor | int = self.natural_zero if self.zero_OG is None else self.zero_OG[rows].float()[:, group_I]
+        return (self.codes_OI[rows].float() - zero) * self.scale_OG[rows].float()[:, group_I]
 
 
 def group_count(in_features: int, group_size: int) -> int:

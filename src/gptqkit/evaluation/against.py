@@ -13,8 +13,9 @@ import torch
 from torch import Tensor
 
 from gptqkit.algorithms.rtn import round_to_nearest
+from gptqkit.checkpoint.engines import HEADS
 from gptqkit.checkpoint.files import read_json
-from gptqkit.checkpoint.inspect import HEADS
+from gptqkit.checkpoint.inspect import TOKEN_EMBEDDINGS
 from gptqkit.checkpoint.quantized import QuantizedCheckpoint
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.errors import InputError
@@ -88,23 +89,32 @@ def _scales_inputs(checkpoint: QuantizedCheckpoint) -> bool:
 def _linear_error(
     checkpoint: QuantizedCheckpoint, name: str, spec: LinearSpec, original: Weights, names: set[str], *, scaled: bool
 ) -> LinearError:
-    if f"{name}.weight" not in names:
-        raise InputError(f"the original has no {name}.weight")
+    stored = _stored_name(name, names)
     weight = checkpoint.read_linear(name)
     quantized_OI = weight.dequantize()
-    found = original.read(f"{name}.weight").float()
+    found = original.read(stored).float()
     sizes = (weight.out_features, weight.in_features)
     if tuple(found.shape) not in (sizes, sizes[::-1]):
         raise InputError(f"{name} is {sizes[0]} x {sizes[1]}, and {list(found.shape)} in the original")
     # Conv1D stores [in, out]; where the shape cannot tell, the nearer one is meant
     candidates = [m for m, shape in ((found, found.shape), (found.T, found.shape[::-1])) if tuple(shape) == sizes]
-    if original.is_expanded(f"{name}.weight"):
+    if original.is_expanded(stored):
         candidates = candidates[:1]
     candidates = [_rescaled(m, quantized_OI) for m in candidates] if scaled else candidates
     error, original_OI = min(((_relative(quantized_OI - m, m), m) for m in candidates), key=lambda pair: pair[0])
     rounded = _relative(round_to_nearest(original_OI.contiguous(), spec).dequantize() - original_OI, original_OI)
     limit = min(max(TIMES_ROUNDING * rounded, 2.0**-spec.bits), UNRELATED)
     return LinearError(name, error, rounded, limit)
+
+
+def _stored_name(name: str, names: set[str]) -> str:
+    """The tensor of the original that a linear was made from: for a head that was untied, the embedding. Raises InputError."""
+    if f"{name}.weight" in names:
+        return f"{name}.weight"
+    shared = [other for other in names if other.endswith(".weight") and other.split(".")[-2] in TOKEN_EMBEDDINGS]
+    if name.rpartition(".")[2] in HEADS and len(shared) == 1:
+        return shared[0]
+    raise InputError(f"the original has no {name}.weight")
 
 
 def _rescaled(weight_OI: Tensor, quantized_OI: Tensor) -> Tensor:

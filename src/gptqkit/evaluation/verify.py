@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gptqkit.checkpoint.engines import Verdict, judge
+from gptqkit.checkpoint.engines import HEADS, Verdict, judge
 from gptqkit.checkpoint.files import read_json
-from gptqkit.checkpoint.inspect import HEADS, facts_of, linear_row
+from gptqkit.checkpoint.inspect import TOKEN_EMBEDDINGS, facts_of, linear_row
 from gptqkit.checkpoint.quantized import CONFIG_NAMES, QuantizedCheckpoint
 from gptqkit.checkpoint.source import INDEX_NAME
 from gptqkit.core.errors import InputError
@@ -29,7 +29,6 @@ from gptqkit.core.grid import SCALE_MIN
 from gptqkit.core.weight import QuantizedWeight
 from gptqkit.evaluation.against import Comparison, LinearError, compare_weights
 
-EMBEDDINGS = ("embed_tokens", "wte", "embed_in", "word_embeddings", "embeddings")
 _NAMED = 3
 
 
@@ -170,7 +169,7 @@ def _check_blocks(checkpoint: QuantizedCheckpoint) -> Check:
 def _check_head(checkpoint: QuantizedCheckpoint) -> Check:
     """A tied head shares the embedding's tensor, an untied one has its own."""
     head = next((n for n in (*checkpoint.linears, *_modules(checkpoint)) if n.rpartition(".")[2] in HEADS), None)
-    embedding = next((name for name in _modules(checkpoint) if name.rpartition(".")[2] in EMBEDDINGS), None)
+    embedding = next((name for name in _modules(checkpoint) if name.rpartition(".")[2] in TOKEN_EMBEDDINGS), None)
     problem = _head_problem(checkpoint, head, embedding)
     if problem is None and head is None:
         return Check("output head", True, "tied to the embedding")
@@ -231,7 +230,7 @@ def _why(checkpoint: QuantizedCheckpoint, module: str) -> str:
     leaf = module.rpartition(".")[2]
     if leaf in HEADS:
         return "output head"
-    if leaf in EMBEDDINGS or "emb" in leaf or leaf == "wpe":
+    if leaf in TOKEN_EMBEDDINGS or "emb" in leaf or leaf == "wpe":
         return "embedding"
     if checkpoint.format.name == "compressed-tensors":
         targets = checkpoint.quantization.get("ignore") or []

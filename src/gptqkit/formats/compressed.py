@@ -32,7 +32,7 @@ from gptqkit.core.weight import QuantizedWeight, group_count
 from gptqkit.formats import fields
 from gptqkit.formats.patterns import exact_patterns
 
-HEAD = "lm_head"
+HEADS = ("lm_head", "embed_out")
 LAYOUT = "pack-quantized"
 _STATIC_ORDERS = ("activation", "group-aware")
 
@@ -105,7 +105,7 @@ class CompressedTensorsFormat:
         for name, spec in specs.items():
             by_spec.setdefault(spec, []).append(name)
         actorder = "static" if details.get("order") in _STATIC_ORDERS else None
-        groups = {
+        groups: dict[str, dict[str, Any]] = {
             f"group_{i}": {
                 "targets": ["Linear"] if len(by_spec) == 1 else ["re:" + pattern for pattern in exact_patterns(names)],
                 "weights": _arguments(spec, actorder),
@@ -115,7 +115,11 @@ class CompressedTensorsFormat:
             }
             for i, (spec, names) in enumerate(by_spec.items())
         }
-        heads = [] if any(name.rpartition(".")[2] == HEAD for name in specs) else [HEAD]
+        quantized = [name for name in specs if name.rpartition(".")[2] in HEADS]
+        if quantized and len(by_spec) == 1:
+            # vLLM's head is not of class Linear: it has to be called by its name
+            groups["group_0"]["targets"] += ["re:" + pattern for pattern in exact_patterns(quantized)]
+        heads = [] if quantized else [HEADS[0]]
         return {
             "quant_method": self.name,
             "format": LAYOUT,

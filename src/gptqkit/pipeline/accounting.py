@@ -1,7 +1,7 @@
 """The account of a plan: every tensor of the checkpoint with what becomes of it and the rule that says so. Its sum is the model.
 
-Tensors that no parameter of the model is loaded from are accounted for as well, since they are copied: buffers that older releases stored,
-second copies of tied weights, and parts that transformers does not build, such as the layers that predict several tokens at once.
+Tensors that no parameter of the model is loaded from are accounted for as well: buffers that older releases stored, second copies of tied
+weights, a head that the run unties, and parts that transformers does not build, such as the layers that predict several tokens at once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,19 @@ from dataclasses import dataclass
 from math import prod
 
 from gptqkit.checkpoint.source import TensorSource
-from gptqkit.core.accounting import BUFFER, EXTRA, KEPT, NOT_A_PARAMETER, QUANTIZED, SECOND_COPY, SKIPPED, Account, Entry, spec_rule
+from gptqkit.core.accounting import (
+    BUFFER,
+    EXTRA,
+    KEPT,
+    NOT_A_PARAMETER,
+    QUANTIZED,
+    SECOND_COPY,
+    SKIPPED,
+    UNTIED_HEAD,
+    Account,
+    Entry,
+    spec_rule,
+)
 from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.errors import InputError
 from gptqkit.core.events import Event
@@ -76,9 +88,13 @@ def make_account(
     entries = []
     for linear in linears:
         count = linear.shape[0] * linear.shape[1]
-        accounted[f"{linear.name}.weight"] = count
-        rule = spec_rule(linear.bits, linear.group_size, sym=linear.sym)
-        entries.append(Entry(QUANTIZED, rule, count, _source(model).info(f"{linear.name}.weight").nbytes, linear.bytes))
+        name, rule = f"{linear.name}.weight", spec_rule(linear.bits, linear.group_size, sym=linear.sym)
+        before = _source(model).info(name).nbytes if name in _source(model) else 0
+        if name in own:
+            accounted[name] = count
+            entries.append(Entry(QUANTIZED, rule, count, before, linear.bytes))
+        else:
+            entries.append(Entry(EXTRA, f"{UNTIED_HEAD}, {rule}", count, before, linear.bytes))
     for state, tensors in ((SKIPPED, skipped), (KEPT, kept)):
         for tensor in tensors:
             inside = tensor.name in own

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from gptqkit.core.config import QuantConfig
 from gptqkit.models.device import available_memory
 from gptqkit.models.layout import InputGroup
 from gptqkit.models.streamed import StreamedModel
@@ -20,6 +21,9 @@ PROBES, PROBE_TOKENS = 8, 512
 """For a bit budget: sequences that judge how much a unit matters, and the most tokens of each (sensitivity.py)."""
 FIT_TOKENS = 32768
 """Tokens that units are quantized with to be judged, and at least twice as many as a linear has inputs, if there are so many."""
+
+HEAD_SLICE = 1 << 25
+"""Values of the output head that are solved at a time: 128 MB in float32, of which a solver holds six copies."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,6 +77,27 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None, *, str
         + max(block_bytes + max(flight + working, flight + at_solve), outside + working)
     )
     return Memory(paused, place, stored, peak, {"device": device_budget, "ram": host_budget, "disk": stored}[place])
+
+
+def head_rows(in_features: int) -> int:
+    """Rows of the output head in one slice."""
+    return max(1, HEAD_SLICE // in_features)
+
+
+def predict_head(memory: Memory, shape: tuple[int, int], stored: int, config: QuantConfig, device: torch.device) -> int:
+    """Peak bytes of quantizing an output head [O, I] that takes `stored` bytes, and of reading it back.
+
+    solving        weight as stored, codes, Gram matrices, 6 copies of a slice of rows (9 with two streams)
+    encoding       codes, and the packed words twice
+    reading back   codes and words again, float32, and the run's dtype
+    """
+    out_features, in_features = shape
+    values = out_features * in_features
+    squares, rows = (5, 9) if config.second_stream else (3, 6)
+    solver = 4 * (squares * in_features**2 + rows * min(out_features, head_rows(in_features)) * in_features)
+    waiting = memory.activations if memory.place == "device" or (memory.place == "ram" and device.type == "cpu") else 0
+    resident = LIBRARY_BYTES if device.type == "cpu" else 0
+    return resident + max(waiting + stored + values + solver, waiting + 3 * values, values * 10)
 
 
 def predict_measuring(model: StreamedModel, memory: Memory, tokens: int, units: int) -> int:

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from gptqkit.checkpoint.quantized import is_quantized
+from gptqkit.checkpoint.quantized import is_quantized, read_config
 from gptqkit.core.accounting import Account
 from gptqkit.core.config import LinearSpec, QuantConfig
 from gptqkit.core.errors import InputError
@@ -18,23 +18,29 @@ from gptqkit.core.events import Event
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import resolve_model
 from gptqkit.models.device import resolve_device, resolve_dtype
+from gptqkit.models.head import Head, check_unties, find_head, output_names
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.models.weights import DenseWeights
 from gptqkit.pipeline.accounting import KeptTensor, PlannedLinear, copied, kept_tensors, make_account, planned_linear, unbuilt_notes
-from gptqkit.pipeline.memory import Memory, predict_measuring, predict_memory
+from gptqkit.pipeline.memory import Memory, predict_head, predict_measuring, predict_memory
 from gptqkit.pipeline.units import config_for, equal_allocation, find_units
 from gptqkit.pipeline.units import linear_name as linear_name
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a run will do. Sizes in bytes; `account` says for every parameter of the model what becomes of it."""
+    """What a run will do. Sizes in bytes.
+
+    linears  of the blocks, in order, and last the output head if it is to be quantized; `head` says where that comes from
+    account  what becomes of every parameter of the model
+    """
 
     model: str
     blocks: int
     linears: tuple[PlannedLinear, ...]
     skipped: tuple[KeptTensor, ...]
     kept: tuple[KeptTensor, ...]
+    head: Head | None
     account: Account
     size_before: int
     size_after: int
@@ -94,6 +100,9 @@ def prepare(
     settled = config if config.target_bits is None else _before_measuring(streamed, config, config.target_bits)
     contents = _contents(streamed, settled)
     events = [*_notes(streamed, config, seqlen), *unbuilt_notes(streamed, contents.kept)]
+    if contents.head is not None and contents.head.tied:
+        check_unties(streamed, folder, read_config(folder), trust_remote_code=trust_remote_code)
+        events.append(_untied_note(contents.head, contents.linears[-1]))
     seqlen = min(seqlen, streamed.context or seqlen)
     plan = Plan(
         model=folder.resolve().name,
@@ -101,12 +110,13 @@ def prepare(
         linears=contents.linears,
         skipped=contents.skipped,
         kept=contents.kept,
+        head=contents.head,
         account=contents.account,
         size_before=weights.source.nbytes,
         size_after=contents.size_after,
         device=str(on),
         dtype=str(compute).removeprefix("torch."),
-        memory=_memory(streamed, config, samples * seqlen, memory),
+        memory=_memory(streamed, config, contents, samples * seqlen, memory),
         seqlen=seqlen,
         events=tuple(events),
     )
@@ -120,8 +130,12 @@ def replan(prepared: Prepared, config: QuantConfig) -> Prepared:
     return replace(prepared, plan=replace(prepared.plan, **changed))
 
 
-def _memory(model: StreamedModel, config: QuantConfig, tokens: int, budget: int | None) -> Memory:
+def _memory(model: StreamedModel, config: QuantConfig, contents: _Contents, tokens: int, budget: int | None) -> Memory:
     memory = predict_memory(model, tokens if config.needs_calibration else 0, budget, streams=1 + config.second_stream)
+    if contents.head is not None:
+        stored = copied(model, contents.head.source, "").bytes
+        at_head = predict_head(memory, contents.linears[-1].shape, stored, config, model.device)
+        memory = replace(memory, peak=max(memory.peak, at_head))
     if config.target_bits is None:
         return memory
     units = sum(not unit.fixed for unit in find_units(model, config))
@@ -143,19 +157,29 @@ class _Contents:
     linears: tuple[PlannedLinear, ...]
     skipped: tuple[KeptTensor, ...]
     kept: tuple[KeptTensor, ...]
+    head: Head | None
     account: Account
     size_after: int
 
 
 def _contents(model: StreamedModel, config: QuantConfig) -> _Contents:
-    linears, skipped = _linears(model, config)
+    head = _head(model, config)
+    linears, skipped = _linears(model, config, head)
     kept = kept_tensors(model, {f"{linear.name}.weight" for linear in linears}, {tensor.name for tensor in skipped})
     account = make_account(model, linears, skipped, kept)
     assert account.after is not None
-    return _Contents(linears, skipped, kept, account, account.after)
+    return _Contents(linears, skipped, kept, head, account, account.after)
 
 
-def _linears(model: StreamedModel, config: QuantConfig) -> tuple[tuple[PlannedLinear, ...], tuple[KeptTensor, ...]]:
+def _head(model: StreamedModel, config: QuantConfig) -> Head | None:
+    """The output head if it is to be quantized. A rule that skips it keeps it."""
+    if config.lm_head is None:
+        return None
+    head = find_head(model)
+    return None if config.head_spec(head.name) is None else head
+
+
+def _linears(model: StreamedModel, config: QuantConfig, head: Head | None) -> tuple[tuple[PlannedLinear, ...], tuple[KeptTensor, ...]]:
     planned, skipped = [], []
     for index, groups in enumerate(model.layout.blocks):
         for info in (linear for group in groups for linear in group.linears):
@@ -166,13 +190,38 @@ def _linears(model: StreamedModel, config: QuantConfig) -> tuple[tuple[PlannedLi
                 continue
             _check(name, spec, info.out_features, info.in_features, config)
             planned.append(planned_linear(name, info, spec, config))
-    names = [linear.name for linear in planned] + [tensor.name.removesuffix(".weight") for tensor in skipped]
-    for rule in config.rules:
-        if not any(re.search(rule.pattern, name) for name in names):
-            raise InputError(f"--rule {rule.pattern!r} matches no linear; names look like {names[0]}")
+    inside = [linear.name for linear in planned] + [tensor.name.removesuffix(".weight") for tensor in skipped]
+    if head is not None and (spec := config.head_spec(head.name)):
+        _check(head.name, spec, head.info.out_features, head.info.in_features, config)
+        planned.append(planned_linear(head.name, head.info, spec, config))
+    _check_rules(model, config, inside, head)
     if config.desc_act and not config.needs_calibration:
         raise InputError(f"desc_act needs calibration, and method {config.method} has none; drop --desc-act or use --method gptq")
     return tuple(planned), tuple(skipped)
+
+
+def _check_rules(model: StreamedModel, config: QuantConfig, names: list[str], head: Head | None) -> None:
+    """Raises InputError for a rule without effect: it matches nothing, or asks for what is not done."""
+    for rule in config.rules:
+        if any(re.search(rule.pattern, name) for name in names):
+            continue
+        if head is not None and re.search(rule.pattern, head.name):
+            if rule.bits not in (None, config.lm_head):
+                raise InputError(
+                    f"--rule {rule.pattern!r} gives {head.name} {rule.bits} bits, and --lm-head {config.lm_head}; say one of them"
+                )
+            continue
+        if any(re.search(rule.pattern, name) for name in output_names(model)):
+            if rule.skip:
+                continue
+            raise InputError(f"--rule {rule.pattern!r} matches the output head, which is quantized with --lm-head BITS")
+        embeddings = [kept.name for kept in model.layout.kept if kept.reason == "embedding"]
+        if any(re.search(rule.pattern, name) for name in embeddings):
+            raise InputError(
+                f"--rule {rule.pattern!r} matches only {embeddings[0]}: embeddings stay in full precision, since no format that vLLM, "
+                "SGLang and transformers load holds a quantized one; --lm-head BITS quantizes the output head"
+            )
+        raise InputError(f"--rule {rule.pattern!r} matches no linear; names look like {names[0]}")
 
 
 def _check(name: str, spec: LinearSpec, out_features: int, in_features: int, config: QuantConfig) -> None:
@@ -185,6 +234,14 @@ def _check(name: str, spec: LinearSpec, out_features: int, in_features: int, con
     reason = get_format(config.format).refuses_spec(spec, out_features, in_features, config.desc_act)
     if reason is not None:
         raise InputError(f"{name}: {reason}")
+
+
+def _untied_note(head: Head, linear: PlannedLinear) -> Event:
+    words = (
+        f"{head.name} shares its weight with the embedding, which stays in full precision: the checkpoint holds a head of its own beside "
+        f"it ({linear.bits} bits, {linear.bytes / 1e6:.1f} MB more) and says tie_word_embeddings=false"
+    )
+    return Event("note", words, {"name": head.name, "bytes": linear.bytes})
 
 
 def _notes(model: StreamedModel, config: QuantConfig, seqlen: int) -> list[Event]:

@@ -29,7 +29,9 @@ from gptqkit.evaluation.perplexity import Evaluation, compare
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import transformers_version
 from gptqkit.models.device import MemoryMeter
+from gptqkit.models.head import untied
 from gptqkit.models.layout import LINEAR_OUTSIDE, UNQUANTIZED_LINEARS
+from gptqkit.models.streamed import StreamedModel
 from gptqkit.models.weights import open_weights
 from gptqkit.pipeline.accounting import KeptTensor, unbuilt_matrices
 from gptqkit.pipeline.budget import Budget, spend
@@ -147,7 +149,7 @@ def run_job(job: Job, emit: Emit) -> Run:
             with recorder.phase("write", "completing the checkpoint"):
                 _finish_checkpoint(stream, prepared, records)
             with recorder.phase("check", "reading it back"):
-                check = _check(stream, prepared, calibration.held_back)
+                check = _check(stream, prepared, calibration.held_back, trust_remote_code=job.trust_remote_code)
             run = _result(job, prepared, calibration, records, check, budget, meter, inputs, recorder)
             with recorder.phase("publish", "publishing"):
                 _publish(run, journal, job)
@@ -247,17 +249,29 @@ def _finish_checkpoint(stream: Stream, prepared: Prepared, records: list[LinearR
     }
     quantization = get_format(config.format).config(specs, skipped, desc_act=config.desc_act, details=details)
     write_json(folder / "quantize_config.json", quantization)
-    write_json(folder / "config.json", {**read_json(prepared.folder / "config.json"), "quantization_config": quantization})
+    original = read_json(prepared.folder / "config.json")
+    head = prepared.plan.head
+    written = untied(original) if head is not None and head.tied else original
+    write_json(folder / "config.json", {**written, "quantization_config": quantization})
 
 
-def _check(stream: Stream, prepared: Prepared, held_back: list[Tensor]) -> Evaluation | None:
+def _written(folder: Path, prepared: Prepared, *, trust_remote_code: bool) -> StreamedModel:
+    """The model that was written: the original's structure, unless its head was untied."""
+    head = prepared.plan.head
+    if head is not None and head.tied:
+        own = prepared.model
+        return StreamedModel.open(folder, device=own.device, dtype=own.dtype, trust_remote_code=trust_remote_code)
+    return prepared.model.with_weights(open_weights(folder))
+
+
+def _check(stream: Stream, prepared: Prepared, held_back: list[Tensor], *, trust_remote_code: bool) -> Evaluation | None:
     """The written files, opened afresh, against the original on tokens the calibration did not see."""
     if not held_back:
         return None
     shortest = min(sequence.numel() for sequence in held_back)
     if shortest < 2:
         return None
-    written = prepared.model.with_weights(open_weights(stream.journal.checkpoint))
+    written = _written(stream.journal.checkpoint, prepared, trust_remote_code=trust_remote_code)
     result = compare(written, prepared.model, [sequence[:shortest] for sequence in held_back], stream.emit)
     if result.reference_perplexity is not None and not result.perplexity < 3 * result.reference_perplexity:
         times = result.perplexity / result.reference_perplexity

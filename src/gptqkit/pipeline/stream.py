@@ -30,6 +30,7 @@ from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
 from gptqkit.pipeline.capture import BlockPass, Reference
 from gptqkit.pipeline.coverage import Coverage
+from gptqkit.pipeline.head import quantize_head
 from gptqkit.pipeline.journal import Journal
 from gptqkit.pipeline.memory import BATCH_TOKENS
 from gptqkit.pipeline.plan import Plan, linear_name
@@ -52,7 +53,12 @@ class Stream:
 
     @property
     def shard_count(self) -> int:
-        return len(self.outside_shards()) + self.plan.blocks
+        return len(self.outside_shards()) + self.parts
+
+    @property
+    def parts(self) -> int:
+        """What is made one after the other, each a shard and a record in the journal: the blocks, and the head if it is quantized."""
+        return self.plan.blocks + (self.plan.head is not None)
 
     def shard_name(self, number: int) -> str:
         return shard_name(number, self.shard_count)
@@ -61,8 +67,10 @@ class Stream:
         return self.shard_name(len(self.outside_shards()) + index + 1)
 
     def outside_shards(self) -> list[list[str]]:
-        """Tensors that belong to no block, cut into files of about a gigabyte."""
+        """Tensors that belong to no block, cut into files of about a gigabyte; without the head's weight if it is quantized."""
         blocks = {name for index in range(self.plan.blocks) for name in self.block_tensors(index)}
+        if self.plan.head is not None:
+            blocks.add(f"{self.plan.head.name}.weight")
         shards: list[list[str]] = [[]]
         size = 0
         for name in self.source.names:
@@ -83,16 +91,18 @@ class Stream:
 
 
 def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearRecord]:
-    """Quantizes every block that the journal does not hold yet. `sequences` are the calibration token ids; none for methods without.
+    """Quantizes every block, and the output head if it is planned, that the journal does not hold yet.
 
-    Returns one record per linear, in order. Raises InputError or ResourceError; what is finished stays in the journal.
+    `sequences` are the calibration token ids; none for methods without. Returns one record per linear, in order.
+    Raises InputError or ResourceError; what is finished stays in the journal.
     """
     done = stream.journal.finished_blocks()
     records = [_linear_record(entry) for record in done for entry in record["linears"]]
     if done:
-        stream.emit(Event("note", f"resuming: {len(done)} of {stream.plan.blocks} blocks are done", {"done": len(done)}))
+        finished = min(len(done), stream.plan.blocks)
+        stream.emit(Event("note", f"resuming: {finished} of {stream.plan.blocks} blocks are done", {"done": finished}))
     _write_outside(stream)
-    if len(done) == stream.plan.blocks:
+    if len(done) == stream.parts:
         return records
     batches = make_batches(sequences, stream.model.device)
     with torch.inference_mode():
@@ -105,7 +115,7 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
             started = time.perf_counter()
             copies, scratch = 1 if original is None else 2, stream.journal.folder / "block.spool"
             with Spool(scratch) as spool, stream.model.loaded_copies(index, copies) as (block, *beside):
-                groups, last = stream.model.layout.blocks[index], index == stream.plan.blocks - 1
+                groups, last = stream.model.layout.blocks[index], index == stream.parts - 1
                 called = [calls.get(b, index) for b in range(len(batches))]
                 reference = None if original is None else Reference(beside[0], original)
                 anchors = find_anchors(block, groups, called[0], hidden[0]) if reference is not None else ()
@@ -128,6 +138,8 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
                     {"index": index, "blocks": stream.plan.blocks, "seconds": seconds},
                 )
             )
+        if stream.plan.head is not None and (spec := stream.config.head_spec(stream.plan.head.name)):
+            records += quantize_head(stream, stream.plan.head, spec, batches, hidden, original)
         for activations in (hidden, original):
             if activations is not None:
                 activations.clear()
