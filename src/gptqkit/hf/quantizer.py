@@ -29,7 +29,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 from transformers.pytorch_utils import Conv1D
 from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING, AUTO_QUANTIZER_MAPPING
 from transformers.quantizers.base import HfQuantizer
@@ -41,6 +41,7 @@ from gptqkit.core.errors import InputError
 from gptqkit.hf.containers import containers
 from gptqkit.hf.experts import replace_experts
 from gptqkit.hf.names import conversions, model_names, renames_stack
+from gptqkit.hf.skeleton import auto_class
 
 PLAIN_LINEARS = ("FalconLinear",)
 """Subclasses of nn.Linear whose forward is x @ weight.T + bias, written differently."""
@@ -264,17 +265,14 @@ def uninstall() -> None:
 
 
 def from_pretrained(model: str | Path, config_keys: Mapping[str, Any], **kwargs: Any) -> Any:
-    """AutoModelForCausalLM.from_pretrained, with `config_keys` added to its config.json.
-
-    Raises InputError where transformers cannot find or open a file.
-    """
+    """`from_pretrained` of the `auto_class`, with `config_keys` added to config.json. Raises InputError where a file cannot be opened."""
     try:
-        if config_keys:
-            passed = {key: value for key, value in kwargs.items() if key in ("revision", "trust_remote_code", "code_revision")}
-            kwargs["config"] = AutoConfig.from_pretrained(model, **passed)
-            for key, value in config_keys.items():
-                setattr(kwargs["config"], key, value)
-        return AutoModelForCausalLM.from_pretrained(model, **kwargs)
+        passed = {key: value for key, value in kwargs.items() if key in ("revision", "trust_remote_code", "code_revision")}
+        config = kwargs["config"] if "config" in kwargs else AutoConfig.from_pretrained(model, **passed)
+        for key, value in config_keys.items():
+            setattr(config, key, value)
+            kwargs["config"] = config
+        return auto_class(config).from_pretrained(model, **kwargs)
     except OSError as error:
         raise InputError(f"{model} cannot be loaded: {error}") from error
 

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 from transformers.pytorch_utils import Conv1D
 
 from gptqkit.checkpoint.files import read_json
@@ -62,6 +62,18 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
         raise InputError(f"{folder / 'config.json'}: transformers does not accept it: {str(error).splitlines()[0]}") from None
 
 
+def auto_class(config: Any) -> Any:
+    """The transformers class that builds the language model of a configuration: the causal LM, or what reads images and text where only
+    that exists or where the checkpoint was written by it."""
+    seeing: Any
+    seeing, reading = (auto._model_mapping.get(type(config), None) for auto in (AutoModelForImageTextToText, AutoModelForCausalLM))
+    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+    if own or seeing is None:
+        return AutoModelForCausalLM
+    written_by = getattr(config, "architectures", None) or []
+    return AutoModelForImageTextToText if reading is None or seeing.__name__ in written_by else AutoModelForCausalLM
+
+
 def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:
     """The causal LM with every parameter on the meta device and every buffer computed; in eval mode, without gradients.
 
@@ -74,7 +86,7 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
             setattr(plain, key, getattr(config, key))
     try:
         with _parameters_on_meta():
-            model = AutoModelForCausalLM.from_config(plain, dtype=dtype, trust_remote_code=trust_remote_code)
+            model = auto_class(plain).from_config(plain, dtype=dtype, trust_remote_code=trust_remote_code)
     except ValueError as error:
         raise InputError(f"{config.model_type} cannot be built as a causal language model: {str(error).splitlines()[0]}") from None
     replace_experts(model, visit_all=True)

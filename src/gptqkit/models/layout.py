@@ -1,41 +1,41 @@
 """The structure of a model, discovered instead of listed per architecture.
 
-1. The block list is the ModuleList that holds most parameters.
-2. The model's own forward runs once on a few tokens, with one real block per distinct shape (weights uninitialised: only identities are
+1. The block list is the ModuleList with most parameters that a forward on text calls: first those of the text decoder are tried, where
+   transformers says which part of the model that is.
+2. The model's own forward runs once on a few tokens, with one real block per distinct kind (weights uninitialised: only identities are
    looked at) and echoes for the others. Pre-hooks on every linear note which tensor it reads. Linears that read the same tensor form an
-   input group; groups are ordered by first use.
-3. Everything else in a block must be small (norms, biases, gates); a large parameter that is no linear stops the run.
+   input group; groups are ordered by first use. Linears that are not called stay as they are: what only images reach, and what a block
+   computes with without calling it.
+3. Everything else in a block must be small (norms, biases, gates; kept.py); a large parameter that is no linear stops the run.
 
-What this relies on is checked, not assumed: each block receives the hidden states that the block before returned, and each linear is
-called. (The idea of probing by tensor identity: style guide 5.2; the measured reach is in tests/models.)
+What this relies on is checked, not assumed: each block receives the hidden states that the block before returned. Blocks are of one kind
+when their classes, the shapes of their parameters, their modules' options and what the configuration lists for them are the same. (The
+idea of probing by tensor identity: style guide 5.2; the measured reach is in tests/models/test_every_model.py.)
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gptqkit.core.errors import InputError
-from gptqkit.hf.containers import is_container, refusal
 from gptqkit.hf.skeleton import is_conv1d
+from gptqkit.models.kept import LINEAR_OUTSIDE as LINEAR_OUTSIDE
+from gptqkit.models.kept import NOT_CALLED, USED_OTHERWISE, Kept, full_precision, kept_inside, kept_outside, kept_whole
+from gptqkit.models.kept import ONE_OUTPUT as ONE_OUTPUT
+from gptqkit.models.kept import ROUTER as ROUTER
+from gptqkit.models.kept import UNQUANTIZED_LINEARS as UNQUANTIZED_LINEARS
+from gptqkit.models.kept import is_linear as is_linear
 from gptqkit.models.standin import Call, hidden_of, stand_ins
 
-LINEAR_OUTSIDE = "linear outside the blocks"
-"""The reason of a kept weight that could have been quantized had it been in a block: worth an event, an error under `strict`."""
-
-ROUTER = "router"
-"""The reason of a kept weight that decides which experts a token goes to."""
-ONE_OUTPUT = "linear of one output"
-UNQUANTIZED_LINEARS = (ROUTER, ONE_OUTPUT)
-"""Reasons of kept weights that engines hold as linears: the written configuration has to name them."""
-ROUTERS = ("gate", "router")
-"""What routers are called beside `experts`."""
-
 _PROBE_TOKENS = 8
-_SMALL_SHARE = 0.01
+_FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
+"""What a model's forward may raise when it cannot read plain text."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,29 +63,29 @@ class InputGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
-    """A parameter that stays as it is, and why."""
-
-    name: str
-    numel: int
-    reason: str
-
-
-@dataclass(frozen=True, slots=True)
 class Layout:
-    """Where the blocks are, what is in each, and what lies outside them. Names in `outside` and `Kept` are full."""
+    """Where the blocks are, what is in each, and what stays as it is. Names in `Kept` are full.
+
+    numbers  of each block, its place in the list: blocks that are not called for text are left out
+    returns  how many values a block returns as a tuple, the hidden states first; 0 when it returns those alone
+    """
 
     path: str
+    numbers: tuple[int, ...]
     blocks: tuple[tuple[InputGroup, ...], ...]
     kept: tuple[Kept, ...]
-    returns_tuple: bool
+    returns: int
 
     def block_name(self, index: int) -> str:
-        return f"{self.path}.{index}"
+        return f"{self.path}.{self.numbers[index]}"
+
+    def returned(self, hidden: Tensor) -> Any:
+        """What a block that makes `hidden` returns when nothing but hidden states is asked of it."""
+        return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
 
 
-def find_blocks(model: nn.Module) -> str:
-    """The path of the ModuleList with most parameters. Raises InputError when there is none."""
+def find_blocks(model: Any) -> list[str]:
+    """The paths of all ModuleLists, the text decoder's first, then by size. Raises InputError when there is none."""
     sizes = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()
@@ -93,55 +93,119 @@ def find_blocks(model: nn.Module) -> str:
     }
     if not sizes:
         raise InputError(f"{type(model).__name__} has no list of blocks; only decoder-style language models can be quantized")
-    return max(sizes, key=lambda name: sizes[name])
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
+    return sorted(sizes, key=lambda name: (id(model.get_submodule(name)) not in inside, -sizes[name]))
 
 
 def discover(model: Any) -> Layout:
     """The layout of a skeleton (parameters on meta). Raises InputError for a structure that cannot be quantized safely."""
-    path = find_blocks(model)
-    blocks = model.get_submodule(path)
-    assert isinstance(blocks, nn.ModuleList)
-    kept = [*_kept_inside(path, blocks), *_kept_outside(model, path)]
-    probe = _Probe(list(blocks))
-    outside = _materialise_empty(model, except_below=path)
-    try:
-        with torch.no_grad(), stand_ins(model, path, probe.handle):
-            model(input_ids=torch.zeros((1, _PROBE_TOKENS), dtype=torch.long), use_cache=False)
-    except InputError:
-        raise
-    except (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError) as error:
-        raise InputError(f"{type(model).__name__} could not be probed: its forward failed with {type(error).__name__}: {error}") from error
-    finally:
-        _back_to_meta(outside)
-    groups = tuple(probe.groups[_signature(block)] for block in blocks)
-    return Layout(path, groups, tuple(kept), probe.returns_tuple)
+    for path in find_blocks(model):
+        probe = _Probe(model, path)
+        probe.run()
+        if probe.called:
+            return probe.layout()
+    raise InputError(f"{type(model).__name__} calls none of its lists of blocks when it reads text; it cannot be calibrated on text")
+
+
+class _Uses(TorchFunctionMode):
+    """Notes which parameters take part in a computation."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[int] = set()
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") != "__get__":
+            self._note(args)
+            self._note((kwargs or {}).values())
+        return func(*args, **(kwargs or {}))
+
+    def _note(self, values: Iterable[Any]) -> None:
+        for value in values:
+            if isinstance(value, nn.Parameter):
+                self.seen.add(id(value))
+            elif isinstance(value, (tuple, list)):
+                self._note(value)
+
+    def take(self, borrowed: list[_Borrowed]) -> set[str]:
+        """The names of borrowed parameters that took part; forgets them, since their memory will be given to others."""
+        ids = {id(owner._parameters[leaf]): name for name, owner, leaf, _ in borrowed}
+        names = {name for name, owner, leaf, _ in borrowed if id(owner._parameters[leaf]) in self.seen}
+        self.seen -= set(ids)
+        return names
 
 
 class _Probe:
-    """Handles the calls of the stand-ins: runs one block of each shape for real and lets the others echo."""
+    """One forward on a few tokens. Handles the calls of the stand-ins: runs one block of each kind for real and lets the others echo."""
 
-    def __init__(self, blocks: list[nn.Module]) -> None:
-        self.blocks = blocks
+    def __init__(self, model: Any, path: str) -> None:
+        blocks = model.get_submodule(path)
+        assert isinstance(blocks, nn.ModuleList)
+        self.model = model
+        self.path = path
+        self.blocks = list(blocks)
+        self.kinds = _kinds(self.blocks, model.config)
         self.groups: dict[Any, tuple[InputGroup, ...]] = {}
-        self.returns_tuple = False
+        self.idle: dict[Any, dict[str, str]] = {}
+        self.called: list[int] = []
+        self.used_outside: set[str] = set()
+        self._tuples = False
+        self._rest: tuple[Any, ...] = ()
+        self._uses = _Uses()
         self._last: Tensor | None = None
 
-    def handle(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        block = self.blocks[index]
+    def run(self) -> None:
+        outside = _materialise_empty(self.model, except_below=self.path)
+        ids = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long)
+        try:
+            with torch.no_grad(), stand_ins(self.model, self.path, self._handle), self._uses:
+                self.model(input_ids=ids, use_cache=False)
+            self.used_outside = self._uses.take(outside)
+        except InputError:
+            raise
+        except _FAILURES as error:
+            kind = type(self.model).__name__
+            raise InputError(f"{kind} could not be probed: its forward failed with {type(error).__name__}: {error}") from error
+        finally:
+            _back_to_meta(outside)
+
+    def layout(self) -> Layout:
+        kept: list[Kept] = []
+        for index, block in enumerate(self.blocks):
+            name = f"{self.path}.{index}"
+            if index in self.called:
+                kept += kept_inside(name, block, self.idle[self.kinds[index]])
+            else:
+                kept += kept_whole(name, block, NOT_CALLED)
+        kept += kept_outside(self.model, self.path, self.used_outside)
+        groups = tuple(self.groups[self.kinds[index]] for index in self.called)
+        if not any(groups):
+            raise InputError(f"{type(self.model).__name__}: no linear of {self.path} is called when the model reads text")
+        return Layout(self.path, tuple(self.called), groups, tuple(kept), len(self._rest) + 1 if self._tuples else 0)
+
+    def _handle(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, call = Call.split(args, kwargs)
         if self._last is not None and not _same_tensor(hidden, self._last):
             raise InputError(
-                f"block {index} does not receive what block {index - 1} returned: this model works on hidden states between its blocks; "
-                "not supported yet"
+                f"block {index} does not receive what block {self.called[-1]} returned: this model works on hidden states between its "
+                "blocks; not supported yet"
             )
-        if _signature(block) not in self.groups:
-            output = self._run(block, call, hidden)
-            self.returns_tuple = not isinstance(output, Tensor)
+        if index in self.called or (self.called and index < self.called[-1]):
+            raise InputError(f"block {index} is called again after block {self.called[-1]}: this model runs its blocks several times")
+        if any(value is other for value in self._rest if value is not None for other in (*call.args, *call.kwargs.values())):
+            raise InputError(f"block {index} receives more of what block {self.called[-1]} returned than hidden states; not supported yet")
+        self.called.append(index)
+        if self.kinds[index] not in self.groups:
+            output = self._real(index, call, hidden)
+            self._tuples = not isinstance(output, Tensor)
+            self._rest = tuple(output[1:]) if self._tuples else ()
             hidden = hidden_of(output)
         self._last = hidden
-        return (hidden,) if self.returns_tuple else hidden
+        return (hidden, *self._rest) if self._tuples else hidden
 
-    def _run(self, block: nn.Module, call: Call, hidden: Tensor) -> Any:
+    def _real(self, index: int, call: Call, hidden: Tensor) -> Any:
+        block = self.blocks[index]
         linears = {module: name for name, module in block.named_modules() if is_linear(module) and full_precision(block, name) is None}
         seen: dict[nn.Module, list[tuple[Any, ...]]] = {}
         alive: list[Tensor] = []
@@ -158,23 +222,16 @@ class _Probe:
                 output = block(hidden, *call.args, **call.kwargs)
             else:
                 output = block(*call.args, **{call.slot: hidden}, **call.kwargs)
+            used = self._uses.take(empty)
         finally:
             _back_to_meta(empty)
             for hook in hooks:
                 hook.remove()
-        unused = [name for module, name in linears.items() if module not in seen]
-        if unused:
-            raise InputError(
-                f"{type(block).__name__}: the linears {', '.join(unused)} are not called in a forward, so their inputs cannot be seen; "
-                "not supported yet"
-            )
-        self.groups[_signature(block)] = _grouped(linears, seen)
+        self.groups[self.kinds[index]] = _grouped(linears, seen)
+        self.idle[self.kinds[index]] = {
+            name: USED_OTHERWISE if f"{name}.weight" in used else NOT_CALLED for module, name in linears.items() if module not in seen
+        }
         return output
-
-
-def is_linear(module: nn.Module) -> bool:
-    """True for what can be quantized: nn.Linear (and subclasses) and Conv1D."""
-    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def linear_info(name: str, module: nn.Module) -> LinearInfo:
@@ -208,85 +265,41 @@ def _same_tensor(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and _identity(a)[:3] == _identity(b)[:3]
 
 
-def _signature(block: nn.Module) -> tuple[Any, ...]:
-    return (type(block), tuple((name, tuple(p.shape)) for name, p in block.named_parameters()))
+def _kinds(blocks: Sequence[nn.Module], config: Any) -> list[Any]:
+    """Of each block, what must be equal for two to be of one kind: class, shapes, the options that its modules hold (but the block's own
+    number), and its entries of the lists that the configuration has per layer."""
+    options = [_options(block) for block in blocks]
+    keys = {key for found in options for key in found}
+    numbering = {key for key in keys if all(found.get(key, index) == index for index, found in enumerate(options))}
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    listed = [value for _, value in sorted(text.to_dict().items()) if isinstance(value, (list, tuple)) and len(value) == len(blocks)]
+    return [
+        (
+            type(block),
+            tuple((name, tuple(p.shape)) for name, p in block.named_parameters()),
+            tuple(item for item in found.items() if item[0] not in numbering),
+            tuple(str(values[index]) for values in listed),
+        )
+        for index, (block, found) in enumerate(zip(blocks, options, strict=True))
+    ]
 
 
-def full_precision(block: nn.Module, linear: str) -> str | None:
-    """Why a linear of a block is left as it is; None when it is to be quantized.
-
-    A router decides which experts run at all, and a gate of one output scales a whole expert: next to nothing to save, everything to lose.
-    """
-    if _below_router(block, linear):
-        return ROUTER
-    if linear_info(linear, block.get_submodule(linear)).out_features == 1:
-        return ONE_OUTPUT
-    return None
+def _options(block: nn.Module) -> dict[tuple[str, str], Any]:
+    return {
+        (name, key): value
+        for name, module in block.named_modules()
+        for key, value in vars(module).items()
+        if isinstance(value, (bool, int, str)) or value is None
+    }
 
 
-def _below_router(block: nn.Module, name: str) -> bool:
-    """True for what belongs to a child `gate` or `router` of a module that has a child `experts`."""
-    path = name.split(".")
-    owners = (block.get_submodule(".".join(path[:depth])) for depth in range(len(path)))
-    return any(part in ROUTERS and hasattr(owner, "experts") for part, owner in zip(path, owners, strict=True))
+_Borrowed = tuple[str, nn.Module, str, nn.Parameter]
+"""A parameter's name, its module, its name there, and the meta parameter that it stands in for."""
 
 
-def _kept_inside(path: str, blocks: nn.ModuleList) -> list[Kept]:
-    kept = []
-    for index, block in enumerate(blocks):
-        linears = {name: full_precision(block, name) for name, module in block.named_modules() if is_linear(module)}
-        total = sum(p.numel() for p in block.parameters())
-        for name, parameter in block.named_parameters():
-            owner, _, leaf = name.rpartition(".")
-            if leaf == "weight" and owner in linears:
-                reason = linears[owner]
-                if reason is None:
-                    continue
-            elif _below_router(block, name):
-                reason = ROUTER
-            elif parameter.ndim >= 2 and parameter.numel() > _SMALL_SHARE * total:
-                raise _unknown(f"{path}.{index}.{name}", parameter, total, block.get_submodule(owner))
-            else:
-                reason = "bias" if leaf.endswith("bias") else "norm or small parameter"
-            kept.append(Kept(f"{path}.{index}.{name}", parameter.numel(), reason))
-    return kept
-
-
-def _unknown(name: str, parameter: nn.Parameter, total: int, owner: nn.Module) -> InputError:
-    share = 100 * parameter.numel() / total
-    why = (
-        f"stacked experts of a kind that this version cannot take apart: {refusal(owner)}"
-        if is_container(owner)
-        else "no Linear, no Conv1D"
-    )
-    return InputError(
-        f"{name} {tuple(parameter.shape)} is {share:.0f} % of its block and cannot be quantized ({why}); "
-        "quantizing around it would miss most of the model"
-    )
-
-
-def _kept_outside(model: Any, path: str) -> list[Kept]:
-    heads = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
-    kept = []
-    for name, parameter in model.named_parameters():
-        if name.startswith(path + "."):
-            continue
-        owner = model.get_submodule(name.rpartition(".")[0])
-        if owner is heads:
-            reason = "output head"
-        elif isinstance(owner, nn.Embedding):
-            reason = "embedding"
-        elif is_linear(owner) and name.endswith(".weight"):
-            reason = LINEAR_OUTSIDE
-        else:
-            reason = "outside the blocks"
-        kept.append(Kept(name, parameter.numel(), reason))
-    return kept
-
-
-def _materialise_empty(module: nn.Module, except_below: str | None = None) -> list[tuple[nn.Module, str, nn.Parameter]]:
+def _materialise_empty(module: nn.Module, except_below: str | None = None) -> list[_Borrowed]:
     """Gives meta parameters uninitialised memory; returns what `_back_to_meta` needs to undo it."""
-    done: list[tuple[nn.Module, str, nn.Parameter]] = []
+    done: list[_Borrowed] = []
     twins: dict[int, nn.Parameter] = {}
     for prefix, owner in module.named_modules():
         if except_below is not None and (prefix == except_below or prefix.startswith(except_below + ".")):
@@ -296,10 +309,10 @@ def _materialise_empty(module: nn.Module, except_below: str | None = None) -> li
                 if id(parameter) not in twins:
                     twins[id(parameter)] = nn.Parameter(torch.empty_like(parameter, device="cpu"), requires_grad=False)
                 owner._parameters[name] = twins[id(parameter)]
-                done.append((owner, name, parameter))
+                done.append((f"{prefix}.{name}" if prefix else name, owner, name, parameter))
     return done
 
 
-def _back_to_meta(done: list[tuple[nn.Module, str, nn.Parameter]]) -> None:
-    for owner, name, parameter in done:
+def _back_to_meta(done: list[_Borrowed]) -> None:
+    for _, owner, name, parameter in done:
         owner._parameters[name] = parameter

@@ -7,7 +7,7 @@ is called with, or inject what it would have returned. A stand-in answers attrib
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -75,12 +75,16 @@ class StandIn(nn.Module):
 
 
 @contextmanager
-def stand_ins(model: nn.Module, path: str, handler: Handler) -> Iterator[None]:
-    """Replaces every block of the ModuleList at `path` by a StandIn while inside."""
+def stand_ins(model: nn.Module, path: str, handler: Handler, numbers: Sequence[int] | None = None) -> Iterator[None]:
+    """Replaces every block of the ModuleList at `path` by a StandIn while inside.
+
+    `numbers` are the blocks that will be called, by their place in the list; the handler is told which of those is.
+    """
     parent = model.get_submodule(path.rpartition(".")[0])
     name = path.rpartition(".")[2]
     blocks = getattr(parent, name)
-    setattr(parent, name, nn.ModuleList([StandIn(block, i, handler) for i, block in enumerate(blocks)]))
+    counted = {number: index for index, number in enumerate(range(len(blocks)) if numbers is None else numbers)}
+    setattr(parent, name, nn.ModuleList([StandIn(block, counted.get(i, -1), handler) for i, block in enumerate(blocks)]))
     try:
         yield
     finally:

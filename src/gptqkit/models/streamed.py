@@ -152,11 +152,11 @@ class StreamedModel:
                 received.append(hidden)
             if index == last:
                 raise StopForward
-            return (hidden,) if self.layout.returns_tuple else hidden
+            return self.layout.returned(hidden)
 
         ids_BT = ids_BT.to(self.device)
         self.skeleton.get_input_embeddings()(ids_BT[:1, :1])  # loads it: Llama 4 asks where its weight is before calling it
-        with stand_ins(self.skeleton, self.layout.path, record):
+        with stand_ins(self.skeleton, self.layout.path, record, self.layout.numbers):
             try:
                 self.skeleton(input_ids=ids_BT, use_cache=False)
             except StopForward:
@@ -167,12 +167,12 @@ class StreamedModel:
         """The logits [B, T, V] that follow from what the last block returned."""
 
         def inject(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return (hidden_BTH,) if self.layout.returns_tuple else hidden_BTH
+            return self.layout.returned(hidden_BTH)
 
         embedding = self.skeleton.get_input_embeddings()
         self.skeleton.set_input_embeddings(_Blank(embedding.embedding_dim, self.dtype, self.device))
         try:
-            with stand_ins(self.skeleton, self.layout.path, inject):
+            with stand_ins(self.skeleton, self.layout.path, inject, self.layout.numbers):
                 return self.skeleton(input_ids=ids_BT.to(self.device), use_cache=False).logits
         finally:
             self.skeleton.set_input_embeddings(embedding)
