@@ -47,8 +47,10 @@ def test_the_package_decompresses_to_our_values(bits: int, sym: bool, group_size
     assert torch.equal(found, weight.dequantize())
 
 
-@pytest.mark.parametrize(("sym", "mixed"), [(True, False), (True, True), (False, False)])
-def test_transformers_loads_it_through_the_package(tmp_path: Path, sym: bool, mixed: bool) -> None:
+@pytest.mark.parametrize(
+    ("sym", "mixed", "head"), [(True, False, False), (True, True, False), (False, False, False), (True, False, True), (True, True, True)]
+)
+def test_transformers_loads_it_through_the_package(tmp_path: Path, sym: bool, mixed: bool, head: bool) -> None:
     """Asymmetric goes through dequantize=True: the compressed path declares the zero points unpacked and then refuses the packed ones.
 
     Asymmetric and mixed is left out: dequantize=True takes the first group's scheme for every linear (transformers 5.23).
@@ -63,7 +65,7 @@ def test_transformers_loads_it_through_the_package(tmp_path: Path, sym: bool, mi
     specs: dict[str, LinearSpec] = {}
     stored: dict[str, torch.Tensor] = {}
     for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and name != "lm_head":
+        if isinstance(module, torch.nn.Linear) and (head or name != "lm_head"):
             bits = 8 if mixed and "layers.1.mlp" in name else 4
             sizes = {"out_features": module.out_features, "in_features": module.in_features}
             weight = moderate(make_weight(bits=bits, group_size=32, sym=sym, **sizes))

@@ -22,6 +22,7 @@ from gptqkit.core.config import LinearSpec
 from gptqkit.core.events import Event
 from gptqkit.pipeline import head as head_module
 from gptqkit.pipeline import memory
+from gptqkit.pipeline.plan import prepare
 
 SMALL = {"calibration": token_ids(), "samples": 12, "seqlen": 32, "dtype": "float32"}
 CONFIG = QuantConfig(bits=4, group_size=32, lm_head=8)
@@ -199,12 +200,11 @@ def test_heads_of_other_families(family: str, tmp_path: Path) -> None:
     assert gptqkit.verify(tmp_path / "out", against=model).ok
 
 
-def test_prediction_grows_with_the_vocabulary_but_not_the_solver() -> None:
+def test_prediction_grows_with_the_vocabulary_but_not_the_solver(model: Path) -> None:
+    opened = prepare(str(model), CONFIG, dtype="bfloat16").model
     place = memory.Memory(True, "device", 0, 0, 0)
-    config = QuantConfig(lm_head=8)
-    cpu = torch.device("cpu")
     shapes = [(32_000, 4096), (128_000, 4096)]
-    small, large = (memory.predict_head(place, shape, 2 * shape[0] * shape[1], config, cpu) for shape in shapes)
+    small, large = (memory.predict_head(place, shape, 2 * shape[0] * shape[1], CONFIG, opened) for shape in shapes)
     assert large < 4.2 * small
     assert large < 6_000_000_000 < 6 * 4 * 128_000 * 4096
 

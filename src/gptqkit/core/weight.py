@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-EXPANDED_AT_ONCE = 1 << 26
-"""Values dequantized at a time: three copies of them exist, which for an output head would be far more than the result."""
+EXPANDED_AT_ONCE = 1 << 22
+"""Values dequantized at a time: three copies of them exist, which for a large weight would be far more than the result."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

@@ -84,7 +84,7 @@ def head_rows(in_features: int) -> int:
     return max(1, HEAD_SLICE // in_features)
 
 
-def predict_head(memory: Memory, shape: tuple[int, int], stored: int, config: QuantConfig, device: torch.device) -> int:
+def predict_head(memory: Memory, shape: tuple[int, int], stored: int, config: QuantConfig, model: StreamedModel) -> int:
     """Peak bytes of quantizing an output head [O, I] that takes `stored` bytes, and of reading it back.
 
     solving        weight as stored, codes, Gram matrices, 6 copies of a slice of rows (9 with two streams)
@@ -95,9 +95,10 @@ def predict_head(memory: Memory, shape: tuple[int, int], stored: int, config: Qu
     values = out_features * in_features
     squares, rows = (5, 9) if config.second_stream else (3, 6)
     solver = 4 * (squares * in_features**2 + rows * min(out_features, head_rows(in_features)) * in_features)
-    waiting = memory.activations if memory.place == "device" or (memory.place == "ram" and device.type == "cpu") else 0
-    resident = LIBRARY_BYTES if device.type == "cpu" else 0
-    return resident + max(waiting + stored + values + solver, waiting + 3 * values, values * 10)
+    on_cpu = model.device.type == "cpu"
+    waiting = memory.activations if memory.place == "device" or (memory.place == "ram" and on_cpu) else 0
+    reading_back = values * (6 + 2 * model.dtype.itemsize)
+    return (LIBRARY_BYTES if on_cpu else 0) + max(waiting + stored + values + solver, waiting + 3 * values, reading_back)
 
 
 def predict_measuring(model: StreamedModel, memory: Memory, tokens: int, units: int) -> int:

@@ -134,7 +134,7 @@ def _memory(model: StreamedModel, config: QuantConfig, contents: _Contents, toke
     memory = predict_memory(model, tokens if config.needs_calibration else 0, budget, streams=1 + config.second_stream)
     if contents.head is not None:
         stored = copied(model, contents.head.source, "").bytes
-        at_head = predict_head(memory, contents.linears[-1].shape, stored, config, model.device)
+        at_head = predict_head(memory, contents.linears[-1].shape, stored, config, model)
         memory = replace(memory, peak=max(memory.peak, at_head))
     if config.target_bits is None:
         return memory
