@@ -134,11 +134,13 @@ def last_hidden(model: StreamedModel, ids_NT: Tensor, name: str, emit: Emit) -> 
     """[N, T, H]: what the last block returns. `name` is how events call the model."""
     step = max(1, _FORWARD_TOKENS // ids_NT.shape[1])
     batches = [ids_NT[start : start + step] for start in range(0, len(ids_NT), step)]
-    calls = CallStore()
     emit(Event("stage", f"evaluating the {name}", {"name": name}))
-    with model.loaded_outside():
-        hidden = [model.embed(ids, number, calls) for number, ids in enumerate(batches)]
+    hidden: list[Tensor] = []
     for index in range(model.block_count):
+        if index in model.layout.starts:
+            calls = CallStore()
+            with model.loaded_outside():
+                hidden = [model.embed(ids, number, calls, hidden[number] if index else None) for number, ids in enumerate(batches)]
         with model.loaded_block(index) as block:
             run_in_step(block, [calls.get(number, index) for number in range(len(hidden))], hidden, hidden)
         emit(Event("block", f"block {index + 1} of {model.block_count}", {"index": index, "blocks": model.block_count, "stage": name}))

@@ -72,7 +72,7 @@ def generate_text(
         output = model.generate(
             **inputs.to(model.device), max_new_tokens=max_new_tokens, pad_token_id=padding, streamer=streamer, **sampling
         )
-    new = output[0, length:]
+    new = output[0, 0 if model.config.is_encoder_decoder else length :]
     return Generation(prompt, tokenizer.decode(new, skip_special_tokens=True), length, new.numel(), time.perf_counter() - began)
 
 

@@ -180,7 +180,7 @@ class Quantizer(HfQuantizer):
             place = _place(model, stem, target, has_bias=f"{stem}.bias" in tensor_names)
             self.dense_classes[target] = type(model.get_submodule(target))
             module = self.binding.build(packed[stem], place, backend)
-            module.__dict__["weight"] = _initialized()
+            module.__dict__["weight"] = _initialized(place.dtype)
             model.set_submodule(target, module)
         _check_complete(model, tensor_names, [f"{target}." for target in self.dense_classes])
         return model
@@ -200,7 +200,6 @@ class Quantizer(HfQuantizer):
         self.prepared = None
         for module in model.modules():
             if self.binding.owns(module):
-                module.__dict__.pop("weight", None)
                 self.binding.finish(module)
         if getattr(self.quantization_config, "dequantize", False):
             self._dequantize(model)
@@ -339,9 +338,10 @@ def _place(model: Any, stem: str, target: str, *, has_bias: bool) -> Place:
     return Place(target, out_features, in_features, module.weight.dtype, bias)
 
 
-def _initialized() -> Tensor:
-    """What a quantized module shows as `weight` while loading: GPT-2's _init_weights looks at children's weights without asking."""
-    stand_in = torch.empty(0)
+def _initialized(dtype: torch.dtype) -> Tensor:
+    """What a quantized module shows as `weight`: GPT-2's _init_weights looks at children's weights without asking while loading, and T5
+    asks for its dtype in every forward."""
+    stand_in = torch.empty(0, dtype=dtype)
     stand_in._is_hf_initialized = True  # type: ignore[attr-defined]
     return stand_in
 

@@ -18,7 +18,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, AutoModelForSeq2SeqLM
 from transformers.pytorch_utils import Conv1D
 
 from gptqkit.checkpoint.files import read_json
@@ -63,15 +63,16 @@ def load_config(folder: Path, *, trust_remote_code: bool = False) -> Any:
 
 
 def auto_class(config: Any) -> Any:
-    """The transformers class that builds the language model of a configuration: the causal LM, or what reads images and text where only
-    that exists or where the checkpoint was written by it."""
-    seeing: Any
-    seeing, reading = (auto._model_mapping.get(type(config), None) for auto in (AutoModelForImageTextToText, AutoModelForCausalLM))
-    own = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
-    if own or seeing is None:
+    """The transformers class that builds the language model of a configuration: the causal LM; or what answers a text with another, or
+    reads images too, where only that exists or where it wrote the checkpoint."""
+    kind, written_by = type(config), getattr(config, "architectures", None) or []
+    if "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {}):
         return AutoModelForCausalLM
-    written_by = getattr(config, "architectures", None) or []
-    return AutoModelForImageTextToText if reading is None or seeing.__name__ in written_by else AutoModelForCausalLM
+    for other in (AutoModelForSeq2SeqLM, AutoModelForImageTextToText):
+        model: Any = other._model_mapping.get(kind, None)
+        if model is not None and (kind not in AutoModelForCausalLM._model_mapping or model.__name__ in written_by):
+            return other
+    return AutoModelForCausalLM
 
 
 def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool = False) -> Any:

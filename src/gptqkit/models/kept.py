@@ -6,7 +6,7 @@ A rule looks at what a parameter is (of which module, of what shape, how large b
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
@@ -96,12 +96,12 @@ def kept_whole(name: str, module: nn.Module, reason: str) -> list[Kept]:
     return [Kept(f"{name}.{local}", parameter.numel(), reason) for local, parameter in module.named_parameters()]
 
 
-def kept_outside(model: Any, path: str, used: Set[str]) -> list[Kept]:
-    """What stays outside the blocks; `used` are the parameters there that took part in the probe's forward."""
+def kept_outside(model: Any, paths: Sequence[str], used: Set[str]) -> list[Kept]:
+    """What stays outside the blocks at `paths`; `used` are the parameters there that took part in the probe's forward."""
     heads = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     kept = []
     for name, parameter in model.named_parameters():
-        if name.startswith(path + "."):
+        if any(name.startswith(path + ".") for path in paths):
             continue
         owner = model.get_submodule(name.rpartition(".")[0])
         if owner is heads:

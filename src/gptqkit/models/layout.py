@@ -16,6 +16,7 @@ idea of probing by tensor identity: style guide 5.2; the measured reach is in te
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,7 @@ from gptqkit.models.kept import ONE_OUTPUT as ONE_OUTPUT
 from gptqkit.models.kept import ROUTER as ROUTER
 from gptqkit.models.kept import UNQUANTIZED_LINEARS as UNQUANTIZED_LINEARS
 from gptqkit.models.kept import is_linear as is_linear
-from gptqkit.models.standin import Call, hidden_of, stand_ins
+from gptqkit.models.standin import Call, hidden_of, reading, stand_ins
 
 _PROBE_TOKENS = 8
 _FAILURES = (RuntimeError, ValueError, TypeError, AttributeError, IndexError, KeyError, NotImplementedError)
@@ -63,29 +64,55 @@ class InputGroup:
 
 
 @dataclass(frozen=True, slots=True)
-class Layout:
-    """Where the blocks are, what is in each, and what stays as it is. Names in `Kept` are full.
+class BlockList:
+    """A ModuleList whose blocks hidden states go through one after the other.
 
     numbers  of each block, its place in the list: blocks that are not called for text are left out
-    returns  how many values a block returns as a tuple, the hidden states first; 0 when it returns those alone
+    outputs  0: a block returns hidden states; n: a tuple of n, of which they are the first
+    shares   what the first block returns besides is handed to the others (T5's position biases)
     """
 
     path: str
     numbers: tuple[int, ...]
+    outputs: int
+    shares: bool
+
+    def returned(self, hidden: Tensor, extras: Sequence[Any] | None = None) -> Any:
+        """What a stand-in returns for a block."""
+        return (hidden, *(extras or (None,) * (self.outputs - 1))) if self.outputs else hidden
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the blocks are, what is in each, and what stays as it is. Names in `Kept` are full.
+
+    lists   one list of blocks; two where there is an encoder, in order of use
+    blocks  of all lists, as if they were one
+    """
+
+    lists: tuple[BlockList, ...]
     blocks: tuple[tuple[InputGroup, ...], ...]
     kept: tuple[Kept, ...]
-    returns: int
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The first block of each list."""
+        return tuple(sum(len(earlier.numbers) for earlier in self.lists[:at]) for at in range(len(self.lists)))
 
     def block_name(self, index: int) -> str:
-        return f"{self.path}.{self.numbers[index]}"
+        for start, blocks in zip(self.starts, self.lists, strict=True):
+            if index < start + len(blocks.numbers):
+                return f"{blocks.path}.{blocks.numbers[index - start]}"
+        raise IndexError(index)
 
-    def returned(self, hidden: Tensor) -> Any:
-        """What a block that makes `hidden` returns when nothing but hidden states is asked of it."""
-        return (hidden, *[None] * (self.returns - 1)) if self.returns else hidden
+    def holds(self, name: str) -> bool:
+        """Whether a parameter lies in one of the lists."""
+        return any(name.startswith(f"{blocks.path}.") for blocks in self.lists)
 
 
-def find_blocks(model: Any) -> list[str]:
-    """The paths of all ModuleLists, the text decoder's first, then by size. Raises InputError when there is none."""
+def find_blocks(model: Any) -> list[tuple[str, ...]]:
+    """What may be the lists of blocks, likeliest first: the paths of all ModuleLists, the text decoder's first, then by size; of an
+    encoder-decoder, the largest of either. Raises InputError when there is none."""
     sizes = {
         name: sum(p.numel() for p in module.parameters())
         for name, module in model.named_modules()
@@ -93,17 +120,23 @@ def find_blocks(model: Any) -> list[str]:
     }
     if not sizes:
         raise InputError(f"{type(model).__name__} has no list of blocks; only decoder-style language models can be quantized")
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
-    inside = {id(module) for module in decoder.modules()} if isinstance(decoder, nn.Module) else set()
-    return sorted(sizes, key=lambda name: (id(model.get_submodule(name)) not in inside, -sizes[name]))
+
+    def within(part: Any) -> list[str]:
+        inside = {id(module) for module in part.modules()} if isinstance(part, nn.Module) else set()
+        return sorted(sizes, key=lambda name: (id(model.get_submodule(name)) not in inside, -sizes[name]))
+
+    decoder = within(model.get_decoder() if hasattr(model, "get_decoder") else model)
+    if getattr(model.config, "is_encoder_decoder", False):
+        return [(within(model.get_encoder())[0], decoder[0])]
+    return [(path,) for path in decoder]
 
 
 def discover(model: Any) -> Layout:
     """The layout of a skeleton (parameters on meta). Raises InputError for a structure that cannot be quantized safely."""
-    for path in find_blocks(model):
-        probe = _Probe(model, path)
+    for paths in find_blocks(model):
+        probe = _Probe(model, paths)
         probe.run()
-        if probe.called:
+        if all(blocks.called for blocks in probe.lists):
             return probe.layout()
     raise InputError(f"{type(model).__name__} calls none of its lists of blocks when it reads text; it cannot be calibrated on text")
 
@@ -137,31 +170,24 @@ class _Uses(TorchFunctionMode):
 
 
 class _Probe:
-    """One forward on a few tokens. Handles the calls of the stand-ins: runs one block of each kind for real and lets the others echo."""
+    """One forward on a few tokens."""
 
-    def __init__(self, model: Any, path: str) -> None:
-        blocks = model.get_submodule(path)
-        assert isinstance(blocks, nn.ModuleList)
+    def __init__(self, model: Any, paths: Sequence[str]) -> None:
         self.model = model
-        self.path = path
-        self.blocks = list(blocks)
-        self.kinds = _kinds(self.blocks, model.config)
-        self.groups: dict[Any, tuple[InputGroup, ...]] = {}
-        self.idle: dict[Any, dict[str, str]] = {}
-        self.called: list[int] = []
+        self.uses = _Uses()
         self.used_outside: set[str] = set()
-        self._tuples = False
-        self._rest: tuple[Any, ...] = ()
-        self._uses = _Uses()
-        self._last: Tensor | None = None
+        self.lists = [_ListProbe(model, path, self.uses) for path in paths]
 
     def run(self) -> None:
-        outside = _materialise_empty(self.model, except_below=self.path)
+        outside = _materialise_empty(self.model, except_below=[blocks.path for blocks in self.lists])
         ids = torch.zeros((1, _PROBE_TOKENS), dtype=torch.long)
         try:
-            with torch.no_grad(), stand_ins(self.model, self.path, self._handle), self._uses:
-                self.model(input_ids=ids, use_cache=False)
-            self.used_outside = self._uses.take(outside)
+            with torch.no_grad(), ExitStack() as stack:
+                for blocks in self.lists:
+                    stack.enter_context(stand_ins(self.model, blocks.path, blocks.handle))
+                stack.enter_context(self.uses)
+                self.model(**reading(self.model, ids))
+            self.used_outside = self.uses.take(outside)
         except InputError:
             raise
         except _FAILURES as error:
@@ -171,20 +197,46 @@ class _Probe:
             _back_to_meta(outside)
 
     def layout(self) -> Layout:
+        kept = [kept for blocks in self.lists for kept in blocks.kept()]
+        kept += kept_outside(self.model, [blocks.path for blocks in self.lists], self.used_outside)
+        groups = tuple(blocks.groups[blocks.kinds[index]] for blocks in self.lists for index in blocks.called)
+        if not any(groups):
+            raise InputError(f"{type(self.model).__name__}: no linear of {self.lists[-1].path} is called when the model reads text")
+        lists = tuple(BlockList(blocks.path, tuple(blocks.called), blocks.outputs, blocks.shares) for blocks in self.lists)
+        return Layout(lists, groups, tuple(kept))
+
+
+class _ListProbe:
+    """Handles the calls of one list's stand-ins: runs one block of each kind for real and lets the others echo."""
+
+    def __init__(self, model: Any, path: str, uses: _Uses) -> None:
+        blocks = model.get_submodule(path)
+        assert isinstance(blocks, nn.ModuleList)
+        self.path = path
+        self.blocks = list(blocks)
+        self.kinds = _kinds(self.blocks, model.config)
+        self.groups: dict[Any, tuple[InputGroup, ...]] = {}
+        self.called: list[int] = []
+        self.outputs = 0
+        self.shares = False
+        self._idle: dict[Any, dict[str, str]] = {}
+        self._uses = uses
+        self._last: Tensor | None = None
+        self._extras: tuple[Any, ...] = ()
+        """What the first block returned beside hidden states; `_later`, what another made anew."""
+        self._later: list[Tensor] = []
+
+    def kept(self) -> list[Kept]:
         kept: list[Kept] = []
         for index, block in enumerate(self.blocks):
             name = f"{self.path}.{index}"
             if index in self.called:
-                kept += kept_inside(name, block, self.idle[self.kinds[index]])
+                kept += kept_inside(name, block, self._idle[self.kinds[index]])
             else:
                 kept += kept_whole(name, block, NOT_CALLED)
-        kept += kept_outside(self.model, self.path, self.used_outside)
-        groups = tuple(self.groups[self.kinds[index]] for index in self.called)
-        if not any(groups):
-            raise InputError(f"{type(self.model).__name__}: no linear of {self.path} is called when the model reads text")
-        return Layout(self.path, tuple(self.called), groups, tuple(kept), len(self._rest) + 1 if self._tuples else 0)
+        return kept
 
-    def _handle(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def handle(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, call = Call.split(args, kwargs)
         if self._last is not None and not _same_tensor(hidden, self._last):
             raise InputError(
@@ -193,16 +245,24 @@ class _Probe:
             )
         if index in self.called or (self.called and index < self.called[-1]):
             raise InputError(f"block {index} is called again after block {self.called[-1]}: this model runs its blocks several times")
-        if any(value is other for value in self._rest if value is not None for other in (*call.args, *call.kwargs.values())):
-            raise InputError(f"block {index} receives more of what block {self.called[-1]} returned than hidden states; not supported yet")
+        given = call.tensors()
+        if any(tensor is made for tensor in given for made in self._later):
+            raise InputError(
+                f"block {index} receives more of what block {self.called[-1]} returned than hidden states, and not from the first block; "
+                "not supported yet"
+            )
+        self.shares |= any(tensor is made for tensor in given for made in self._extras)
         self.called.append(index)
-        if self.kinds[index] not in self.groups:
+        if self.kinds[index] in self.groups:
+            output: Any = (hidden, *self._extras) if self.outputs else hidden
+        else:
             output = self._real(index, call, hidden)
-            self._tuples = not isinstance(output, Tensor)
-            self._rest = tuple(output[1:]) if self._tuples else ()
-            hidden = hidden_of(output)
-        self._last = hidden
-        return (hidden, *self._rest) if self._tuples else hidden
+            rest = () if isinstance(output, Tensor) else tuple(output[1:])
+            if len(self.called) == 1:
+                self.outputs, self._extras = (0 if isinstance(output, Tensor) else len(output)), rest
+            self._later = [made for made in rest if isinstance(made, Tensor) and not any(made is known for known in self._extras)]
+        self._last = hidden_of(output)
+        return output
 
     def _real(self, index: int, call: Call, hidden: Tensor) -> Any:
         block = self.blocks[index]
@@ -218,17 +278,14 @@ class _Probe:
         hooks = [module.register_forward_pre_hook(note, with_kwargs=True) for module in linears]
         empty = _materialise_empty(block)
         try:
-            if call.slot == "args":
-                output = block(hidden, *call.args, **call.kwargs)
-            else:
-                output = block(*call.args, **{call.slot: hidden}, **call.kwargs)
+            output = call.output(block, hidden)
             used = self._uses.take(empty)
         finally:
             _back_to_meta(empty)
             for hook in hooks:
                 hook.remove()
         self.groups[self.kinds[index]] = _grouped(linears, seen)
-        self.idle[self.kinds[index]] = {
+        self._idle[self.kinds[index]] = {
             name: USED_OTHERWISE if f"{name}.weight" in used else NOT_CALLED for module, name in linears.items() if module not in seen
         }
         return output
@@ -297,12 +354,12 @@ _Borrowed = tuple[str, nn.Module, str, nn.Parameter]
 """A parameter's name, its module, its name there, and the meta parameter that it stands in for."""
 
 
-def _materialise_empty(module: nn.Module, except_below: str | None = None) -> list[_Borrowed]:
+def _materialise_empty(module: nn.Module, except_below: Sequence[str] = ()) -> list[_Borrowed]:
     """Gives meta parameters uninitialised memory; returns what `_back_to_meta` needs to undo it."""
     done: list[_Borrowed] = []
     twins: dict[int, nn.Parameter] = {}
     for prefix, owner in module.named_modules():
-        if except_below is not None and (prefix == except_below or prefix.startswith(except_below + ".")):
+        if any(prefix == path or prefix.startswith(path + ".") for path in except_below):
             continue
         for name, parameter in list(owner._parameters.items()):
             if parameter is not None and parameter.is_meta:

@@ -38,9 +38,23 @@ class Call:
 
     def run(self, block: nn.Module, hidden_BTH: Tensor) -> Tensor:
         """The hidden states that `block` makes of `hidden_BTH`."""
+        return hidden_of(self.output(block, hidden_BTH))
+
+    def output(self, block: nn.Module, hidden_BTH: Tensor) -> Any:
+        """All that `block` returns."""
         if self.slot == "args":
-            return hidden_of(block(hidden_BTH, *self.args, **self.kwargs))
-        return hidden_of(block(*self.args, **{self.slot: hidden_BTH}, **self.kwargs))
+            return block(hidden_BTH, *self.args, **self.kwargs)
+        return block(*self.args, **{self.slot: hidden_BTH}, **self.kwargs)
+
+    def tensors(self) -> list[Tensor]:
+        """Those among its arguments."""
+        return [value for value in (*self.args, *self.kwargs.values()) if isinstance(value, Tensor)]
+
+
+def reading(model: Any, ids_BT: Tensor) -> dict[str, Any]:
+    """The arguments with which a model reads text. What has an encoder gets it there and in its decoder: both read all of it."""
+    twice = {"decoder_input_ids": ids_BT} if getattr(model.config, "is_encoder_decoder", False) else {}
+    return {"input_ids": ids_BT, "use_cache": False, **twice}
 
 
 def hidden_of(output: Any) -> Tensor:

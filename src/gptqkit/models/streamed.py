@@ -9,8 +9,8 @@ dropped at the end of the phase. Shapes: B = sequences of one batch, T = their l
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from gptqkit.core.errors import InputError
 from gptqkit.hf.names import find_pieces
 from gptqkit.hf.skeleton import build_skeleton, checkpoint_names, is_conv1d, load_config
 from gptqkit.models.layout import Layout, discover
-from gptqkit.models.standin import Call, CallStore, StopForward, stand_ins
+from gptqkit.models.standin import Call, CallStore, StopForward, reading, stand_ins
 from gptqkit.models.supply import ExpertSupply, streamed_modules
 from gptqkit.models.weights import Weights, open_weights
 
@@ -140,42 +140,54 @@ class StreamedModel:
                 hook.remove()
             self._drop(loaded)
 
-    def embed(self, ids_BT: Tensor, batch: int, calls: CallStore) -> Tensor:
-        """What block 0 receives, [B, T, H]; how every block is called for this batch goes into `calls`."""
+    def embed(self, ids_BT: Tensor, batch: int, calls: CallStore, encoded_BTH: Tensor | None = None) -> Tensor:
+        """What the first block receives, [B, T, H]; how every block is called for this batch goes into `calls`.
+
+        encoded_BTH  what the encoder's last block returned: then the decoder's blocks are meant
+        """
+        earlier = 0 if encoded_BTH is None else 1
+        start, blocks = self.layout.starts[earlier], self.layout.lists[earlier]
         received: list[Tensor] = []
-        last = self.block_count - 1
+        extras: Sequence[Any] | None = None
 
         def record(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            nonlocal extras
             hidden, call = Call.split(args, kwargs)
-            calls.put(batch, index, call)
+            calls.put(batch, start + index, call)
             if index == 0:
                 received.append(hidden)
-            if index == last:
+                extras = None if first is None else call.output(first, hidden)[1:]
+            if index == len(blocks.numbers) - 1:
                 raise StopForward
-            return self.layout.returned(hidden)
+            return blocks.returned(hidden, extras)
 
         ids_BT = ids_BT.to(self.device)
         self.skeleton.get_input_embeddings()(ids_BT[:1, :1])  # loads it: Llama 4 asks where its weight is before calling it
-        with stand_ins(self.skeleton, self.layout.path, record, self.layout.numbers):
-            try:
-                self.skeleton(input_ids=ids_BT, use_cache=False)
-            except StopForward:
-                pass
+        with ExitStack() as stack:
+            first = stack.enter_context(self.loaded_block(start)) if blocks.shares else None
+            stack.enter_context(self._injected(earlier, encoded_BTH))
+            stack.enter_context(stand_ins(self.skeleton, blocks.path, record, blocks.numbers))
+            stack.enter_context(suppress(StopForward))
+            self.skeleton(**reading(self.skeleton, ids_BT))
         return received[0]
 
     def head(self, ids_BT: Tensor, hidden_BTH: Tensor) -> Tensor:
         """The logits [B, T, V] that follow from what the last block returned."""
-
-        def inject(index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-            return self.layout.returned(hidden_BTH)
-
         embedding = self.skeleton.get_input_embeddings()
         self.skeleton.set_input_embeddings(_Blank(embedding.embedding_dim, self.dtype, self.device))
         try:
-            with stand_ins(self.skeleton, self.layout.path, inject, self.layout.numbers):
-                return self.skeleton(input_ids=ids_BT.to(self.device), use_cache=False).logits
+            with self._injected(len(self.layout.lists), hidden_BTH):
+                return self.skeleton(**reading(self.skeleton, ids_BT.to(self.device))).logits
         finally:
             self.skeleton.set_input_embeddings(embedding)
+
+    @contextmanager
+    def _injected(self, lists: int, hidden_BTH: Tensor | None) -> Iterator[None]:
+        """The blocks of the first `lists` lists return `hidden_BTH`, whatever they are called with."""
+        with ExitStack() as stack:
+            for blocks in self.layout.lists[:lists]:
+                stack.enter_context(stand_ins(self.skeleton, blocks.path, lambda *call, blocks=blocks: blocks.returned(hidden_BTH)))
+            yield
 
     def read_parameter(self, name: str) -> Tensor:
         """The checkpoint's tensor for a parameter, in the orientation of the module, in the checkpoint's dtype, on the CPU."""
@@ -231,10 +243,9 @@ class StreamedModel:
 
     def _outside(self) -> dict[str, list[str]]:
         """Owner module -> names of its own parameters, for everything outside the blocks; tied ones under each owner."""
-        below = self.layout.path + "."
         owners: dict[str, list[str]] = {}
         for name, twins in self._twins.items():
-            if not name.startswith(below):
+            if not self.layout.holds(name):
                 for twin in twins:
                     owners.setdefault(twin.rpartition(".")[0], []).append(name)
         return owners

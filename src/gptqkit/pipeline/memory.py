@@ -69,7 +69,7 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None, *, str
     block_bytes = max((streams * b.parameters * element + 2 * b.largest * 4) for b in blocks)
     flight = in_flight if paused else 0
     at_solve = max(b.solver for b in blocks) if tokens else 0
-    outside = sum(p.numel() for n, p in model.skeleton.named_parameters() if not n.startswith(model.layout.path + ".")) * element
+    outside = sum(p.numel() for n, p in model.skeleton.named_parameters() if not model.layout.holds(n)) * element
     resident = LIBRARY_BYTES if model.device.type == "cpu" else 0
     peak = (
         resident

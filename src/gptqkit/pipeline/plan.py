@@ -146,6 +146,8 @@ def _before_measuring(model: StreamedModel, config: QuantConfig, target_bits: fl
     """Stands in for what a bit budget will choose: right in size, and refused where no choice would do."""
     if not config.needs_calibration:
         raise InputError(f"target_bits measures with calibration text, and method {config.method} reads none; use --method gptq")
+    if len(model.layout.lists) > 1:
+        raise InputError("target_bits does not measure models with an encoder and a decoder; use --bits, and --rule for exceptions")
     units = find_units(model, config)
     return config_for(config, units, equal_allocation(units, target_bits))
 

@@ -110,6 +110,9 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
         original = _second_stream(stream, hidden) if stream.config.second_stream and batches else None
         stream.emit(Event("stage", "quantizing blocks", {"name": "blocks"}))
         for index in range(stream.plan.blocks):
+            if index in stream.model.layout.starts[1:]:
+                calls, hidden = _embed(stream, batches, encoded=hidden)
+                original = None if original is None else _second_stream(stream, hidden)
             if max(group.in_features for group in stream.model.layout.blocks[index]) >= WIDE:
                 give_back_memory()
             started = time.perf_counter()
@@ -162,17 +165,18 @@ def _by_length(sequences: Sequence[Tensor]) -> Iterator[tuple[int, list[Tensor]]
         yield length, [sequence for sequence in sequences if sequence.numel() == length]
 
 
-def _embed(stream: Stream, batches: list[Tensor]) -> tuple[CallStore, Activations]:
+def _embed(stream: Stream, batches: list[Tensor], encoded: Activations | None = None) -> tuple[CallStore, Activations]:
+    """What the first block receives; or the first of the decoder, which then takes the place of what the encoder has made."""
     memory = stream.plan.memory
     place = stream.model.device if memory.place == "device" else torch.device("cpu")
     folder = stream.journal.activations if memory.place == "disk" else None
-    hidden = Activations(len(batches), device=stream.model.device, place=place, folder=folder)
+    hidden = encoded or Activations(len(batches), device=stream.model.device, place=place, folder=folder)
     calls = CallStore()
     if batches:
         stream.emit(Event("stage", "embedding calibration tokens", {"name": "embed"}))
         with stream.model.loaded_outside():
             for number, ids in enumerate(batches):
-                hidden[number] = stream.model.embed(ids, number, calls)
+                hidden[number] = stream.model.embed(ids, number, calls, None if encoded is None else encoded[number])
     return calls, hidden
 
 
