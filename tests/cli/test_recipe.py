@@ -167,7 +167,7 @@ def test_a_run_leaves_a_recipe_that_repeats_it(tmp_path: Path, capsys: pytest.Ca
     left = tmp_path / "a" / "gptqkit" / "recipe.yaml"
     assert yaml.safe_load(left.read_text()) == {
         "bits": 4, "group_size": 32, "sym": True, "method": "gptq", "preset": "fast", "signed_scales": True, "format": "gptq",
-        "desc_act": False, "damp": 0.01, "rules": [{"pattern": "down_proj", "bits": 8, "group_size": -1}],
+        "desc_act": False, "calibrate_all_experts": False, "damp": 0.01, "rules": [{"pattern": "down_proj", "bits": 8, "group_size": -1}],
         "samples": 6, "seqlen": 24, "seed": 3, "calibration": "tokens.jsonl",
     }  # fmt: skip
     said = left.read_text()

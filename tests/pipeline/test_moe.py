@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM
 
 import gptqkit
 from gptqkit import QuantConfig, Rule
+from gptqkit.algorithms import gptq
 from gptqkit.checkpoint.inspect import inspect_checkpoint
 from gptqkit.checkpoint.quantized import QuantizedCheckpoint
 from gptqkit.checkpoint.source import TensorSource
@@ -116,11 +117,11 @@ def test_same_bytes_whatever_the_memory(tmp_path: Path) -> None:
     assert all(torch.equal(paused.read(name), replayed.read(name)) for name in paused.names)
 
 
-def one_sided(folder: Path) -> Path:
-    """A model whose router sends every token to experts 0 and 1 of four."""
+def one_sided(folder: Path, loud: float = 50.0) -> Path:
+    """A model whose router sends every token to experts 0 and 1 of four, by a channel that is `loud` in every token."""
     model = AutoModelForCausalLM.from_pretrained(save_tiny(folder / "random", "qwen3_moe"), dtype=torch.float32)
     with torch.no_grad():
-        model.model.embed_tokens.weight[:, 0] = 50
+        model.model.embed_tokens.weight[:, 0] = loud
         for layer in model.model.layers:
             layer.mlp.gate.weight.zero_()
             layer.mlp.gate.weight[:, 0] = torch.tensor([9.0, 8.0, -8.0, -9.0])
@@ -156,3 +157,80 @@ def test_experts_that_no_token_reaches_are_quantized_well_and_reported(tmp_path:
             assert bool((value != 0).any(dim=1).all())
             change[folder is plain] += float((value - weight).norm() / weight.norm()) / len(unreached)
     assert change[False] < 2 * change[True], "calibrated on other tokens, it must stay about as close as rounding does"
+
+
+def layer_errors(model: Path, folder: Path, layer: int) -> dict[str, float]:
+    """By expert, the error of its output on tokens of its layer relative to that output, in the original's block on its own tokens."""
+    original = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
+    seen: list[torch.Tensor] = []
+    stacked = original.model.layers[layer].mlp.experts
+    hook = stacked.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    with torch.no_grad():
+        original(torch.tensor(token_ids(16, 32, seed=11)))
+    hook.remove()
+    tokens, checkpoint, source = seen[0].reshape(-1, seen[0].shape[-1]), QuantizedCheckpoint.open(folder), TensorSource.open(model)
+    errors = {}
+    for index in range(4):
+        name = f"model.layers.{layer}.mlp.experts.{index}"
+        outputs = []
+        for read in (lambda leaf, name=name: source.read(f"{name}.{leaf}.weight"),
+                     lambda leaf, name=name: checkpoint.read_linear(f"{name}.{leaf}").dequantize()):  # fmt: skip
+            inner = torch.nn.functional.silu(tokens @ read("gate_proj").T) * (tokens @ read("up_proj").T)
+            outputs.append(inner @ read("down_proj").T)
+        errors[str(index)] = float((outputs[1] - outputs[0]).square().sum() / outputs[0].square().sum())
+    return errors
+
+
+@pytest.mark.parametrize("everything", [False, True])
+def test_unreached_experts_compute_better_than_rounded_ones(everything: bool, tmp_path: Path) -> None:
+    """On tokens of their layer, which the router of another text might send them: the error beside that of rounding to nearest."""
+    model, events = one_sided(tmp_path, loud=3.0), []
+    many: dict[str, Any] = {"calibration": token_ids(66, 32), "samples": 64, "seqlen": 32}
+    config = QuantConfig(bits=3, group_size=32, calibrate_all_experts=everything)
+    run = gptqkit.quantize(model, tmp_path / "out", config, emit=events.append, **many)
+    gptqkit.quantize(model, tmp_path / "rtn", QuantConfig(bits=3, group_size=32, method="rtn"))
+    for layer in range(2):
+        solved, rounded = layer_errors(model, tmp_path / "out", layer), layer_errors(model, tmp_path / "rtn", layer)
+        assert all(0 < solved[index] < rounded[index] / 10 for index in "23"), (solved, rounded)
+    spreads = [(spread.experts, spread.least, spread.most, spread.under, spread.never) for spread in run.coverage]
+    assert spreads == [(4, 0, 2048, 2, 2)] * 2
+    record = json.loads((tmp_path / "out" / "gptqkit" / "run.json").read_text())
+    assert [block["never"] for block in record["coverage"]] == [2, 2]
+    said = [event.message for event in events if isinstance(event, Event) and event.kind == "note" and "experts saw" in event.message]
+    few = "4 experts saw 0 to 2048 calibration tokens, median 1024; 2 saw fewer than they have features, 2 of them none"
+    assert said == [f"block 1: {few}", f"block 2: {few}"]
+    words = "all 2048 tokens of its layer were shown to it" if everything else "tokens of its layer were added"
+    assert sum(words in " ".join(record.events) for record in run.linears) == 2 * 2 * 3
+
+
+def test_all_experts_share_one_factorization_of_what_they_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One for the tokens of a layer, not one for each expert; and the forward goes where the router sends it."""
+    model, sizes = save_tiny(tmp_path / "model", "qwen3_moe", num_hidden_layers=1), []
+    factorize = gptq.factorize
+
+    def counting(gram_II: torch.Tensor, *args: Any, **options: Any) -> Any:
+        sizes.append(gram_II.shape[0])
+        return factorize(gram_II, *args, **options)
+
+    monkeypatch.setattr(gptq, "factorize", counting)
+    runs = {}
+    for everything in (False, True):
+        sizes.clear()
+        runs[everything] = gptqkit.quantize(
+            model, tmp_path / f"{everything}", QuantConfig(bits=4, group_size=32, calibrate_all_experts=everything), **SMALL
+        )
+        # q k v, o, then gate and up of four experts or of all at once; and what down reads, which is 32 wide
+        assert sizes.count(64) == (3 if everything else 6)
+        assert sizes.count(32) == 4
+    assert [record.tokens for record in runs[True].linears] == [record.tokens for record in runs[False].linears]
+
+
+@pytest.mark.parametrize("options", [{"preset": "best"}, {"method": "awq+gptq"}, {"method": "awq"}])
+def test_all_experts_with_other_methods_whatever_the_memory(options: dict[str, Any], tmp_path: Path) -> None:
+    model = save_tiny(tmp_path / "model", "qwen3_moe", num_experts=3)
+    config = QuantConfig(bits=4, group_size=32, calibrate_all_experts=True, **options)
+    for name, memory in (("paused", None), ("replayed", 1_000)):
+        gptqkit.quantize(model, tmp_path / name, config, memory=memory, **SMALL)
+    paused, replayed = TensorSource.open(tmp_path / "paused"), TensorSource.open(tmp_path / "replayed")
+    assert all(torch.equal(paused.read(name), replayed.read(name)) for name in paused.names)
+    assert gptqkit.verify(tmp_path / "paused", against=model).ok

@@ -132,6 +132,10 @@ _STRENGTHS = (
 )
 
 
+Factors = list[tuple[Tensor, _Strength, Factor]]
+"""Factorizations made of one Gram matrix: the permutation, how strongly it was damped, the factor."""
+
+
 @dataclass(slots=True)
 class _Group:
     """The input group being solved: H, the second stream's C, and the factorizations made of H so far."""
@@ -143,7 +147,7 @@ class _Group:
     cross_II: Tensor | None = None
     ahead_IO: Tensor | None = None
     follow: float = 0.0
-    factors: list[tuple[Tensor, _Strength, Factor]] = field(default_factory=list)
+    factors: Factors = field(default_factory=list)
 
     @property
     def strengths(self) -> tuple[_Strength, ...]:
@@ -175,6 +179,7 @@ def solve_group(
     ahead_IO: Tensor | None = None,
     follow: float = 0.5,
     tokens: float = float("inf"),
+    factors: Factors | None = None,
 ) -> list[Solution]:
     """Quantizes the linears [O_k, I] that read one input, given the mean Gram matrix [I, I] of that input.
 
@@ -185,6 +190,8 @@ def solve_group(
     ahead_IO   mean of x_q (h_f - h_q)^T [I, O]: what the residual stream they add to is behind by (one linear only)
     follow  alpha: how far the target moves towards the one that makes up for both
     tokens  what the Gram matrices are the mean of; the fewer, the stronger the damping (factor.sample_damp), and the smaller alpha
+
+    factors what earlier calls with the same matrix, damp and tokens have made of it; those that are made now are added
 
     With a second stream the target is W* = W + alpha (W D^T + A^T) H^-1, D = C - H, A what is behind: for alpha = 1 the least-squares
     optimum of ||W x_f + h_f - h_q - Y x_q||^2 (Arai & Ichikawa 2025, QEP, arXiv:2504.09629, without the residual stream; Lin et al. 2025,
@@ -203,7 +210,7 @@ def solve_group(
         )
     damp = sample_damp(damp, gram_II.shape[0], tokens)
     follow /= 1 + FOLLOW_TOKENS * gram_II.shape[0] / max(tokens, 1.0)
-    group = _Group(gram_II, order, damp, effort, cross_II, ahead_IO, follow)
+    group = _Group(gram_II, order, damp, effort, cross_II, ahead_IO, follow, [] if factors is None else factors)
     solutions: list[Solution | None] = [None] * len(specs)
     with torch.no_grad(), exact(), one_thread(gram_II.is_cpu and gram_II.shape[0] <= ONE_THREAD_FEATURES):
         for spec in dict.fromkeys(specs):

@@ -48,6 +48,10 @@ class Gram:
         for start in range(0, x_MI.shape[0], step):
             self._add_step(x_MI[start : start + step])
 
+    def count(self, x_MI: Tensor) -> None:
+        """Counts tokens without adding them."""
+        self.tokens += x_MI.numel() // x_MI.shape[-1]
+
     def blend(self, other: Gram, tokens: float) -> None:
         """Adds another Gram's mean as if it came from so many tokens; `tokens` of this one goes on counting what was really seen here."""
         self._blended += tokens
@@ -123,6 +127,12 @@ class CrossGram:
         """Adds the mean of a Gram, taken to be the same in both streams, as if it came from so many tokens."""
         self._blended += tokens
         self._sum_IC.add_(both.symmetric(), alpha=tokens / max(both.tokens, 1))
+
+    def complete(self, mean_II: Tensor, tokens: int, seen: Gram) -> None:
+        """Adds those of all tokens, of which the mean of x x^T is given, that are not among the `seen` ones, taken to be the same in both
+        streams."""
+        self._sum_IC.add_(mean_II, alpha=tokens).sub_(seen.symmetric())
+        self.tokens += tokens - seen.tokens
 
     def finish(self) -> Tensor:
         """The mean [I, C]. Nothing can be added afterwards."""

@@ -57,6 +57,9 @@ Seqlen = Annotated[int | None, typer.Option(metavar="N", help="Tokens in each. [
 Seed = Annotated[int | None, typer.Option(metavar="N", help="Which sequences are drawn. [default: 0]")]
 Order = Annotated[str | None, typer.Option(metavar="NAME", help="Column order: natural, activation, group-aware. [default: group-aware]")]
 DescAct = Annotated[bool | None, typer.Option("--desc-act", help="Groups follow the activation order; many engines refuse it.")]
+CalibrateAllExperts = Annotated[
+    bool | None, typer.Option("--calibrate-all-experts", help="Solve every expert with all tokens of its layer, not only its own.")
+]
 Damp = Annotated[float | None, typer.Option(metavar="X", help="Damping, as a fraction of the Gram diagonal. [default: 0.01]")]
 RuleOptions = Annotated[
     list[str] | None, typer.Option(metavar="RULE", help="'REGEX=bits:8,group_size:32' or 'REGEX=skip'; repeatable, first match wins.")

@@ -15,6 +15,7 @@ from gptqkit.cli.budget import describe_budget
 from gptqkit.cli.failures import guard
 from gptqkit.cli.options import (
     Bits,
+    CalibrateAllExperts,
     Calibration,
     Damp,
     Debug,
@@ -73,6 +74,7 @@ def quantize(
     seed: Seed = None,
     order: Order = None,
     desc_act: DescAct = None,
+    calibrate_all_experts: CalibrateAllExperts = None,
     damp: Damp = None,
     rule: RuleOptions = None,
     recipe: RecipeName = None,
@@ -102,7 +104,8 @@ def quantize(
     typed = {
         "bits": bits, "group_size": group_size, "target_bits": target_bits, "sym": sym, "lm_head": lm_head,
         "method": method, "preset": preset, "signed_scales": signed_scales, "format": format, "order": order, "desc_act": desc_act,
-        "damp": damp, "calibration": calibration, "samples": samples, "seqlen": seqlen, "seed": seed,
+        "calibrate_all_experts": calibrate_all_experts, "damp": damp, "calibration": calibration, "samples": samples,
+        "seqlen": seqlen, "seed": seed,
     }  # fmt: skip
     request = make_request(recipe, typed, rule or [])
     budget = None if memory is None else parse_size("--memory", memory)
@@ -129,7 +132,8 @@ def _unused(typed: Mapping[str, Any], config: QuantConfig) -> list[Event]:
     """Says which typed options have no effect with the method."""
     names = [] if config.needs_calibration else ["calibration", "samples", "seqlen"]
     names += [] if config.solves else ["preset", "order"]
-    options = [f"--{name}" for name in names if typed[name] is not None]
+    names += [] if config.needs_calibration else ["calibrate_all_experts"]
+    options = [f"--{name.replace('_', '-')}" for name in names if typed[name] is not None]
     if not options:
         return []
     return [Event("warning", f"{', '.join(options)}: without effect, since method {config.method} has no use for it", {"options": options})]
@@ -162,6 +166,7 @@ def describe_run(data: Mapping[str, Any], model: str, out: str, config: QuantCon
         ("size", f"{size(data['size_before'])} -> {size(data['size_after'])}, {number(data['bits_per_weight'])} bits per quantized weight"),
         ("error", _error_line(linears)),
         ("fallbacks", _fallback_line(linears)),
+        *([("experts", _coverage_line(data["coverage"]))] if data["coverage"] else []),
         ("not quantized", skipped_line(data["skipped"])),
         ("kept", _kept_line(data["account"])),
         ("check", _check_line(data["check"])),
@@ -200,6 +205,22 @@ def _fallback_line(linears: list[Mapping[str, Any]]) -> str:
         return "none"
     names = ", ".join(linear["name"] for linear in touched[:3])
     return f"{len(touched)} linears ({names}{', …' if len(touched) > 3 else ''}); see gptqkit/layers.jsonl"
+
+
+def _coverage_line(blocks: Sequence[Mapping[str, Any]]) -> str:
+    """How the calibration tokens were spread over the experts of all blocks.
+
+    >>> _coverage_line([{"block": 3, "experts": 8, "least": 0, "middle": 90.0, "most": 400, "under": 2, "never": 1}])
+    '8 in 1 block; tokens each 0 to 400, median 90; too few for 2, none for 1 (most in block 4)'
+    """
+    experts, under, never = (sum(block[key] for block in blocks) for key in ("experts", "under", "never"))
+    middle = sorted(block["middle"] for block in blocks)[len(blocks) // 2]
+    spread = f"{min(block['least'] for block in blocks)} to {max(block['most'] for block in blocks)}, median {middle:g}"
+    said = f"{experts} in {len(blocks)} block{'s' * (len(blocks) > 1)}; tokens each {spread}"
+    if not under:
+        return said
+    worst = max(blocks, key=lambda block: block["under"])
+    return f"{said}; too few for {under}, none for {never} (most in block {worst['block'] + 1})"
 
 
 def skipped_line(skipped: Sequence[Mapping[str, Any]]) -> str:

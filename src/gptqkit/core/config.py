@@ -107,6 +107,7 @@ class QuantConfig:
     format      how they are stored: "gptq", "gptq_v2", "compressed-tensors"
     order       in which order GPTQ fixes columns: "group-aware" (None: the default), "activation" (static groups), "natural"
     desc_act    groups follow the activation order: needs a g_idx, which vLLM, MLX and GGUF refuse
+    calibrate_all_experts  every expert is solved with all tokens of its layer, not only with those that are routed to it
     damp        damping of the Gram matrix, as a fraction of its diagonal
     lm_head     bits of the output head, which is kept without; a rule that matches it may give it another group size and symmetry
     rules       exceptions by name, first match wins
@@ -126,6 +127,7 @@ class QuantConfig:
     format: str = "gptq"
     order: str | None = None
     desc_act: bool = False
+    calibrate_all_experts: bool = False
     damp: float = 0.01
     lm_head: int | None = None
     rules: tuple[Rule, ...] = ()

@@ -27,7 +27,7 @@ from gptqkit.core.errors import InputError
 CONFIG_TYPES: dict[str, tuple[type, ...]] = {
     "bits": (int,), "group_size": (int,), "target_bits": (int, float), "sym": (bool,), "method": (str,), "preset": (str,),
     "signed_scales": (bool,), "format": (str,), "order": (str, type(None)), "desc_act": (bool,), "damp": (int, float), "rules": (list,),
-    "lm_head": (int, type(None)),
+    "lm_head": (int, type(None)), "calibrate_all_experts": (bool,),
 }  # fmt: skip
 DATA_TYPES: dict[str, tuple[type, ...]] = {"samples": (int,), "seqlen": (int,), "seed": (int,), "calibration": (str,)}
 _TYPES = {**CONFIG_TYPES, **DATA_TYPES}

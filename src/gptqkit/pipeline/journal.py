@@ -89,6 +89,10 @@ class Journal:
             records.append(record)
         return records
 
+    def records(self) -> list[dict[str, Any]]:
+        """All records, as they are."""
+        return [read_json(path) for path in sorted(self._blocks.glob("*.json"))]
+
     def record(self, index: int, content: Mapping[str, Any]) -> None:
         """Makes block `index` done."""
         write_json(self._record(index), content)

@@ -36,6 +36,7 @@ from gptqkit.models.weights import open_weights
 from gptqkit.pipeline.accounting import KeptTensor, unbuilt_matrices
 from gptqkit.pipeline.budget import Budget, spend
 from gptqkit.pipeline.card import model_card
+from gptqkit.pipeline.coverage import BlockCoverage
 from gptqkit.pipeline.journal import FOLDER, Journal
 from gptqkit.pipeline.plan import Plan, Prepared, prepare
 from gptqkit.pipeline.preflight import check_disk, check_output, clear_output, fingerprint, fixed_options
@@ -74,6 +75,7 @@ class Run:
     peak_memory       how far this process's memory rose above its start
     predicted_memory  what the plan said it would be
     device_memory     the peak on the accelerator, 0 on a CPU
+    coverage          for each block of experts how the calibration tokens were spread over them
     recipe            the one that the options were taken from, if any; gptqkit/recipe.yaml holds the options that were used
     budget            how `target_bits` was spent, if it was given
     """
@@ -97,6 +99,7 @@ class Run:
     environment: dict[str, Any]
     inputs: dict[str, Any]
     events: tuple[Event, ...]
+    coverage: tuple[BlockCoverage, ...]
     recipe: RecipeUse | None
     budget: Budget | None
 
@@ -150,7 +153,8 @@ def run_job(job: Job, emit: Emit) -> Run:
                 _finish_checkpoint(stream, prepared, records)
             with recorder.phase("check", "reading it back"):
                 check = _check(stream, prepared, calibration.held_back, trust_remote_code=job.trust_remote_code)
-            run = _result(job, prepared, calibration, records, check, budget, meter, inputs, recorder)
+            coverage = [BlockCoverage(**record["coverage"]) for record in journal.records() if record.get("coverage")]
+            run = _result(job, prepared, calibration, records, coverage, check, budget, meter, inputs, recorder)
             with recorder.phase("publish", "publishing"):
                 _publish(run, journal, job)
         if check is not None and not check.perplexity < float("inf"):
@@ -284,8 +288,8 @@ def _check(stream: Stream, prepared: Prepared, held_back: list[Tensor], *, trust
 
 
 def _result(
-    job: Job, prepared: Prepared, calibration: CalibrationSet, records: list[LinearRecord], check: Evaluation | None,
-    budget: Budget | None, meter: MemoryMeter, inputs: dict[str, Any], recorder: _Recorder,
+    job: Job, prepared: Prepared, calibration: CalibrationSet, records: list[LinearRecord], coverage: list[BlockCoverage],
+    check: Evaluation | None, budget: Budget | None, meter: MemoryMeter, inputs: dict[str, Any], recorder: _Recorder,
 ) -> Run:  # fmt: skip
     plan = prepared.plan
     weights = sum(record.shape[0] * record.shape[1] for record in records)
@@ -317,6 +321,7 @@ def _result(
         environment=_environment(plan.device, plan.dtype),
         inputs=inputs,
         events=tuple(recorder.events),
+        coverage=tuple(coverage),
         recipe=job.recipe,
         budget=budget,
     )

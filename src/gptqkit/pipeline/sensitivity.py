@@ -220,7 +220,7 @@ class _Trial:
         self._quantized: dict[str, list[tuple[LinearInfo, QuantizedWeight]]] = {unit.name: [] for unit in units}
         self._gram: Gram | None = None
         fit = walk.fit.batches
-        self._coverage = Coverage(block, len(fit), sum(batch.numel() for batch in fit))
+        self._coverage = Coverage(block, len(fit), sum(batch.numel() for batch in fit), everything=walk.task.config.calibrate_all_experts)
 
     def learn(self) -> dict[str, list[float]]:
         """Solves all units from what the fit tokens show, which are at the block's output afterwards. Returns losses by unit and option."""
@@ -242,7 +242,10 @@ class _Trial:
     def _see(self, group: int, seen: Seen) -> None:
         if self._gram is None:
             self._gram = Gram(self._groups[group].in_features, self.walk.task.model.device)
-        self._gram.add(seen.x)
+        if self._coverage.replaces(self._groups[group]):
+            self._gram.count(seen.x)
+        else:
+            self._gram.add(seen.x)
 
     def _solve(self, group: int) -> None:
         task = self.walk.task
@@ -254,8 +257,8 @@ class _Trial:
         gram, self._gram = self._gram, None
         if not members or gram is None:
             return
-        self._coverage.complete(self._groups[group], gram, None)
-        gram_II, tokens = gram.finish(), gram.effective_tokens
+        covered = self._coverage.finish(self._groups[group], gram, None)
+        gram_II, tokens = covered.gram_II, covered.tokens
         effort = EFFORTS[task.config.preset]._replace(signed=task.config.signed_scales and task.config.preset != "plain")
         weights_OI = [self._weight(info) for info, _ in members]
         specs = [spec for _, unit in members if (spec := reference(unit, task.target_bits)) is not None]
@@ -269,6 +272,7 @@ class _Trial:
             effort=effort,
             name=f"block {self.index}: {name}",
             tokens=tokens,
+            factors=covered.factors,
         )
         with exact():
             identity_I = torch.arange(gram_II.shape[0], device=gram_II.device)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -190,7 +190,7 @@ def _second_stream(stream: Stream, hidden: Activations) -> Activations:
 
 def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int, spool: Spool) -> list[LinearRecord]:
     """One block: every group solved in order of use, its shard written and journalled, `whole.hidden` advanced."""
-    coverage = Coverage(whole.block, len(whole.calls), tokens)
+    coverage = Coverage(whole.block, len(whole.calls), tokens, everything=stream.config.calibrate_all_experts)
     folds = _find_folds(stream, index, whole) if stream.config.scales_inputs else None
     worker = BlockWorker(stream.model, stream.source, stream.config, index, whole.block, coverage, stream.emit, spool, folds)
     if whole.calls:
@@ -208,7 +208,11 @@ def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int, s
     for name in stream.source.together(kept):
         spool.put(name, stream.source.read(name))
     digest = spool.publish(stream.journal.checkpoint / shard)
-    stream.journal.record(index, {"shard": shard, "sha256": digest, "linears": worker.to_journal()})
+    spread = coverage.summary(index)
+    if spread is not None and spread.under:
+        stream.emit(Event("note", f"block {index + 1}: {spread}", {"coverage": asdict(spread)}))
+    record = {"shard": shard, "sha256": digest, "linears": worker.to_journal(), "coverage": None if spread is None else asdict(spread)}
+    stream.journal.record(index, record)
     return worker.records
 
 

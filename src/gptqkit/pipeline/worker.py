@@ -99,7 +99,8 @@ class BlockWorker:
         self._grams = _Grams()
 
     def see(self, group: int, seen: Seen) -> None:
-        self._grams.add(seen, self.model.device)
+        inputs = self.model.layout.blocks[self.index][group]
+        self._grams.add(seen, self.model.device, counted=self.coverage.replaces(inputs))
 
     def solve(self, group: int) -> None:
         started = time.perf_counter()
@@ -133,8 +134,8 @@ class BlockWorker:
         """Results of a calibrated method. `weights_OI` are multiplied by the scales of their inputs, if any."""
         assert grams.own is not None
         config = self.config
-        notes = self.coverage.complete(self.model.layout.blocks[self.index][group], grams.own, grams.cross)
-        gram_II = grams.own.finish()
+        covered = self.coverage.finish(self.model.layout.blocks[self.index][group], grams.own, grams.cross)
+        gram_II, notes = covered.gram_II, covered.notes
         if config.scales_inputs and not bool(torch.isfinite(gram_II.diagonal()).all()):
             raise InputError(
                 f"{names}: the calibration inputs are not finite; the model overflows or holds NaN: try --dtype float32 "
@@ -145,6 +146,7 @@ class BlockWorker:
         scale_I = self._scale(group, weights_OI, gram_II, specs)
         if scale_I is not None:
             self._scales[group] = scale_I
+            gram_II, covered = (gram_II, covered) if covered.factors is None else (gram_II.clone(), replace(covered, factors=None))
             for weight_OI in weights_OI:
                 weight_OI *= scale_I
             for moment_II in (gram_II, cross_II):
@@ -157,7 +159,7 @@ class BlockWorker:
         solutions = solve_group(
             weights_OI, gram_II, specs, order=config.column_order, damp=config.damp, name=names,
             effort=EFFORTS[config.preset].limited(signed=config.signed_scales), cross_II=cross_II, ahead_IO=ahead_IO,
-            tokens=grams.own.effective_tokens,
+            tokens=covered.tokens, factors=covered.factors,
         )  # fmt: skip
         return [
             (
@@ -288,13 +290,17 @@ class _Grams:
     def tokens(self) -> int:
         return 0 if self.own is None else self.own.tokens
 
-    def add(self, seen: Seen, device: torch.device) -> None:
+    def add(self, seen: Seen, device: torch.device, *, counted: bool = False) -> None:
+        """`counted`: without a second stream only the number of tokens is wanted."""
         width = seen.x.shape[-1]
         if self.own is None:
             self.own = Gram(width, device)
             self.cross = None if seen.original is None else CrossGram(width, device)
             self.ahead = None if seen.ahead is None else CrossGram(width, device, seen.ahead.shape[-1])
-        self.own.add(seen.x)
+        if counted and seen.original is None:
+            self.own.count(seen.x)
+        else:
+            self.own.add(seen.x)
         if self.cross is not None and seen.original is not None:
             self.cross.add(seen.x, seen.original)
         if self.ahead is not None and seen.ahead is not None:
