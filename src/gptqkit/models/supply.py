@@ -88,17 +88,21 @@ class ExpertSupply:
 
     def _arrival(self, expert: str, names: Sequence[str]) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-            missing = [name for name in names if self._block.get_parameter(name).is_meta]
+            missing = self._missing(names)
             flight = greenlet.getcurrent()
             if missing and expert not in self._held and len(self._held) >= HELD and isinstance(flight, _Flight):
                 flight.parent.switch(expert)
-                missing = [name for name in missing if self._block.get_parameter(name).is_meta]  # others may have come before
+                missing = self._missing(names)  # others may have come before
             if missing:
                 self._make_room(expert)
             for name in missing:
                 self._fill(name, self._again[name]() if name in self._again else self._read(name))
 
         return hook
+
+    def _missing(self, names: Sequence[str]) -> list[str]:
+        places = {name: _place(self._block, name) for name in names}  # not get_parameter: while scales are tuned they are plain tensors
+        return [name for name, (owner, leaf) in places.items() if (value := owner._parameters[leaf]) is not None and value.is_meta]
 
     def _fill(self, name: str, value: Tensor) -> None:
         expert = _expert_of(name)
