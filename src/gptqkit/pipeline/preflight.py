@@ -60,7 +60,8 @@ def check_disk(out: Path, plan: Plan, *, reused: bool) -> None:
         raise InputError(f"{out} cannot be written: {existing} is read-only or not yours; choose another output folder")
     activations = plan.memory.activations if plan.memory.place == "disk" else 0
     there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if reused and out.exists() else 0
-    needed = int(plan.size_after * 1.005) + (1 << 20) + activations - there
+    scratch = plan.size_after // max(plan.blocks, 1)  # a block is on the disk twice while its file is completed
+    needed = int(plan.size_after * 1.005) + (1 << 20) + scratch + activations - there
     free = shutil.disk_usage(existing).free
     if free < needed:
         raise ResourceError(
