@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tests.pipeline.test_run import digests
 from tests.tiny import save_tiny, token_ids
+from transformers import AutoConfig, AutoModelForCausalLM
 
 import gptqkit
 from gptqkit import InputError, QuantConfig, Rule
@@ -198,6 +199,30 @@ def test_heads_of_other_families(family: str, tmp_path: Path) -> None:
     loaded = gptqkit.load(tmp_path / "out", dtype=torch.float32)
     assert type(loaded.get_output_embeddings()).__name__ == "QuantLinear"
     assert gptqkit.verify(tmp_path / "out", against=model).ok
+
+
+@pytest.mark.parametrize(
+    ("model_type", "words"),
+    [
+        ("bert", r"the output head of BertLMHeadModel is called cls\.predictions\.decoder; formats and engines know"),
+        ("biogpt", r"is called output_projection"),
+    ],
+)
+def test_heads_that_engines_do_not_know_are_refused(model_type: str, words: str, tmp_path: Path) -> None:
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    config = AutoConfig.for_model(model_type, **size, **({"is_decoder": True} if model_type == "bert" else {}))
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match=words):
+        gptqkit.plan(tmp_path / "m", QuantConfig(bits=4, group_size=32, lm_head=8))
+
+
+def test_untying_what_else_is_tied_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Called by a name that engines know, the head of BERT still shares its bias."""
+    monkeypatch.setattr("gptqkit.models.head.HEADS", ("decoder",))
+    size = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 64}
+    AutoModelForCausalLM.from_config(AutoConfig.for_model("bert", **size, is_decoder=True)).save_pretrained(tmp_path / "m")
+    with pytest.raises(InputError, match=r"unties cls\.predictions\.(decoder\.)?bias as well, which the checkpoint does not hold"):
+        gptqkit.plan(tmp_path / "m", QuantConfig(bits=4, group_size=32, lm_head=8))
 
 
 def test_prediction_grows_with_the_vocabulary_but_not_the_solver(model: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 
 from torch import nn
 
+from gptqkit.checkpoint.engines import HEADS
 from gptqkit.core.errors import InputError
 from gptqkit.hf.skeleton import build_skeleton, checkpoint_names, load_config
 from gptqkit.models.layout import LinearInfo, linear_info
@@ -48,6 +49,11 @@ def find_head(model: StreamedModel) -> Head:
     if not isinstance(found, nn.Linear) or type(found).forward is not nn.Linear.forward:
         raise InputError(f"lm_head: the output head of {kind} is a {type(found).__name__}, not a plain linear; drop --lm-head")
     module = next(name for name, other in skeleton.named_modules() if other is found)
+    if module.rpartition(".")[2] not in HEADS:
+        raise InputError(
+            f"lm_head: the output head of {kind} is called {module}; formats and engines know quantized heads by the names "
+            f"{' and '.join(HEADS)} only; drop --lm-head"
+        )
     parameter = next(name for name, other in skeleton.named_parameters() if other is found.weight)
     tied = parameter != f"{module}.weight" or found.weight is skeleton.get_input_embeddings().weight
     source = model.disk_name[parameter]
@@ -65,7 +71,8 @@ def output_names(model: StreamedModel) -> list[str]:
 
 
 def check_unties(model: StreamedModel, folder: Path, raw: Mapping[str, Any], *, trust_remote_code: bool) -> None:
-    """Raises InputError when the model ties its head to the embedding whatever its configuration says."""
+    """Raises InputError when the model ties its head to the embedding whatever its configuration says, or other tensors that the checkpoint
+    holds once."""
     config = load_config(folder, trust_remote_code=trust_remote_code)
     skeleton = build_skeleton(type(config).from_dict(untied(raw)), model.dtype, trust_remote_code=trust_remote_code)
     if skeleton.get_output_embeddings().weight is skeleton.get_input_embeddings().weight:
@@ -73,6 +80,26 @@ def check_unties(model: StreamedModel, folder: Path, raw: Mapping[str, Any], *, 
             f"lm_head: {type(skeleton).__name__} ties its output head to the embedding whatever its configuration says, and no format "
             "that engines load holds a quantized embedding; drop --lm-head"
         )
+    own = {*model.weights.names, f"{find_head(model).module}.weight"}
+    apart = _twins_without(skeleton, set(checkpoint_names(skeleton, own)))
+    if apart:
+        raise InputError(
+            f"lm_head: untying the output head of {type(skeleton).__name__} unties {apart[0]} as well, which the checkpoint does not hold; "
+            "drop --lm-head"
+        )
+
+
+def says_tied(raw: Mapping[str, Any]) -> bool:
+    """Whether config.json, or a part of it, says that the head is the embedding."""
+    return raw.get(_TIE) is True or any(isinstance(value, Mapping) and value.get(_TIE) is True for value in raw.values())
+
+
+def _twins_without(skeleton: Any, found: set[str]) -> list[str]:
+    """Parameters of which no name is among `found`."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in skeleton.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [twins[0] for twins in names.values() if not found.intersection(twins)]
 
 
 def untied(raw: Mapping[str, Any]) -> dict[str, Any]:

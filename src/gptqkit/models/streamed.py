@@ -282,7 +282,7 @@ class _Blank(nn.Module):
         self.weight = torch.zeros(1, width, dtype=dtype, device=device)  # models ask it where they are
 
     def forward(self, ids_BT: Tensor) -> Tensor:
-        return self.weight[0].expand(*ids_BT.shape, -1)
+        return self.weight[0].expand(*ids_BT.shape, -1).clone()  # some models scale it in place
 
 
 def _place(model: nn.Module, name: str) -> tuple[nn.Module, str]:

@@ -18,7 +18,7 @@ from gptqkit.core.events import Event
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import resolve_model
 from gptqkit.models.device import resolve_device, resolve_dtype
-from gptqkit.models.head import Head, check_unties, find_head, output_names
+from gptqkit.models.head import Head, check_unties, find_head, output_names, says_tied
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.models.weights import DenseWeights
 from gptqkit.pipeline.accounting import KeptTensor, PlannedLinear, copied, kept_tensors, make_account, planned_linear, unbuilt_notes
@@ -100,8 +100,9 @@ def prepare(
     settled = config if config.target_bits is None else _before_measuring(streamed, config, config.target_bits)
     contents = _contents(streamed, settled)
     events = [*_notes(streamed, config, seqlen), *unbuilt_notes(streamed, contents.kept)]
-    if contents.head is not None and contents.head.tied:
+    if contents.head is not None and (contents.head.tied or says_tied(read_config(folder))):
         check_unties(streamed, folder, read_config(folder), trust_remote_code=trust_remote_code)
+    if contents.head is not None and contents.head.tied:
         events.append(_untied_note(contents.head, contents.linears[-1]))
     seqlen = min(seqlen, streamed.context or seqlen)
     plan = Plan(

@@ -29,7 +29,7 @@ from gptqkit.evaluation.perplexity import Evaluation, compare
 from gptqkit.formats import get_format
 from gptqkit.hf.skeleton import transformers_version
 from gptqkit.models.device import MemoryMeter
-from gptqkit.models.head import untied
+from gptqkit.models.head import says_tied, untied
 from gptqkit.models.layout import LINEAR_OUTSIDE, UNQUANTIZED_LINEARS
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.models.weights import open_weights
@@ -255,7 +255,7 @@ def _finish_checkpoint(stream: Stream, prepared: Prepared, records: list[LinearR
     write_json(folder / "quantize_config.json", quantization)
     original = read_json(prepared.folder / "config.json")
     head = prepared.plan.head
-    written = untied(original) if head is not None and head.tied else original
+    written = untied(original) if head is not None and (head.tied or says_tied(original)) else original
     write_json(folder / "config.json", {**written, "quantization_config": quantization})
 
 
