@@ -88,8 +88,8 @@ def build_skeleton(config: Any, dtype: torch.dtype, *, trust_remote_code: bool =
     try:
         with _parameters_on_meta():
             model = auto_class(plain).from_config(plain, dtype=dtype, trust_remote_code=trust_remote_code)
-    except ValueError as error:
-        raise InputError(f"{config.model_type} cannot be built as a causal language model: {str(error).splitlines()[0]}") from None
+    except (ValueError, RuntimeError) as error:
+        raise InputError(f"{config.model_type} cannot be built as a language model: {str(error).splitlines()[0]}") from None
     replace_experts(model, visit_all=True)
     model.config.use_cache = False
     return model.eval().requires_grad_(False)

@@ -238,6 +238,11 @@ class _ListProbe:
 
     def handle(self, index: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         hidden, call = Call.split(args, kwargs)
+        if hidden.shape[0] != 1:
+            raise InputError(
+                f"the blocks of {self.path} are called with hidden states {list(hidden.shape)} for one sequence: their first dimension is "
+                "not the batch; not supported yet"
+            )
         if self._last is not None and not _same_tensor(hidden, self._last):
             raise InputError(
                 f"block {index} does not receive what block {self.called[-1]} returned: this model works on hidden states between its "
