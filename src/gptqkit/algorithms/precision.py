@@ -36,6 +36,17 @@ def short_operands() -> Iterator[None]:
 
 
 @contextmanager
+def short_updates() -> Iterator[None]:
+    """For the solver's bulk updates, which bring later columns up to date with the errors of earlier ones: TF32 on CUDA, CPUs stay exact.
+
+    A product's operands lose what is below 5e-4 of them; a rounding error is some 5 % of a weight, and what the update is wrong by decides
+    a code only where two are equally good. Every result is judged afterwards, and its cost computed anew.
+    """
+    with _precision("ieee", "tf32", "high"):
+        yield
+
+
+@contextmanager
 def short_products() -> Iterator[None]:
     """Shortens float32 operands wherever a device gains by it (bfloat16 on CPUs, TF32 on CUDA), for comparisons of two forwards.
 

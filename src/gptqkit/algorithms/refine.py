@@ -23,7 +23,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from gptqkit.algorithms.sweep import fix_block, shares
+from gptqkit.algorithms.precision import short_updates
+from gptqkit.algorithms.sweep import fix_block, kernels_for, shares
 from gptqkit.core.grid import Grid, round_scale
 
 
@@ -56,7 +57,8 @@ class Refiner:
             torch.tensor([stop - start for start, stop in bounds], device=target_IO.device),
         )
         error_IO = torch.addcmul(target_IO, fitted.level_IO, fitted.scale_GO[group_I], value=-1)
-        self.pull_IO = torch.addcmul(gram_II @ error_IO, error_IO, damping_I[:, None])
+        with short_updates():
+            self.pull_IO = torch.addcmul(gram_II @ error_IO, error_IO, damping_I[:, None])
         """P = H E: half the downhill gradient of J."""
 
     def round(self, *, codes: bool = True) -> None:
@@ -151,7 +153,13 @@ def refine(target_IO: Tensor, gram_II: Tensor, damping_I: Tensor, group_I: Tenso
     if scattered:
         level_IO, fitted.level_IO = fitted.level_IO, fitted.level_IO[columns_I]
         target_IO, gram_II, damping_I = target_IO[columns_I], gram_II[columns_I[:, None], columns_I], damping_I[columns_I]
-    refiner = Refiner(target_IO, gram_II, damping_I, bounds, fitted)
+    kernels = kernels_for(target_IO[: max(sizes)]) if len(set(sizes)) == 1 else None
+    if kernels is None:
+        refiner = Refiner(target_IO, gram_II, damping_I, bounds, fitted)
+    else:
+        from gptqkit.algorithms.refine_fused import FusedRefiner  # which builds on this module
+
+        refiner = FusedRefiner(target_IO, gram_II, damping_I, bounds, fitted, kernels)
     for _ in range(rounds):
         refiner.round()
     refiner.round(codes=False)

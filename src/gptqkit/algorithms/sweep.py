@@ -24,6 +24,10 @@ O = rows of all linears solved together, B = columns of a block, G = groups.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
+from collections.abc import Iterator, Sequence
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -31,10 +35,13 @@ from torch import Tensor
 
 from gptqkit.algorithms.factor import DampingRule, Factor
 from gptqkit.algorithms.order import ColumnOrder
+from gptqkit.algorithms.precision import short_updates
 from gptqkit.core.config import LinearSpec
 from gptqkit.core.grid import Grid, minmax_grid, searched_grids
 from gptqkit.core.weight import group_count
 
+WIDEST_FUSED = 256
+"""Columns of a group up to which what fused.py's programs keep of it fits their registers."""
 STRIP = 32
 """Columns of a block between which errors go by matrix-vector product; between strips, by matrix product."""
 
@@ -83,19 +90,21 @@ def sweep(weight_IO: Tensor, factor: Factor, order: ColumnOrder, spec: LinearSpe
             scale_GO[group], zero_GO[group] = _grids_of(target_IO[at_group], pivot_I[at_group], spec, effort)[0]
     error_IO, level_IO = torch.empty_like(target_IO), torch.empty_like(target_IO)
     objective_O = target_IO.new_zeros(shape[1])
-    for start, stop in order.bounds:
+    diagonal = diagonal_shares(root_II, order.bounds)
+    first_G = group_at_I[[start for start, _ in order.bounds]].tolist()
+    for (start, stop), (inverse_BB, share_BB), group in zip(order.bounds, diagonal, first_G, strict=True):
         running_BO = target_IO[start:stop].clone()
-        inverse_BB, share_BB = shares(root_II[start:stop, start:stop])
         if start:
-            running_BO.addmm_(inverse_BB.T, root_II[:start, start:stop].T @ error_IO[:start])
-        group_B = group_at_I[start:stop]
-        if not order.fixed_grids:
-            scale_GO[group_B[0]], zero_GO[group_B[0]] = (
-                _exact_grid(running_BO, share_BB, pivot_I[start:stop], spec, effort)
-                if effort.grid == "exact"
-                else _grids_of(running_BO, pivot_I[start:stop], spec, effort)[0]
-            )
-        grid_B = Grid(scale_GO[group_B], zero_GO[group_B])
+            with short_updates():
+                owed_BO = root_II[:start, start:stop].T @ error_IO[:start]
+            running_BO.addmm_(inverse_BB.T, owed_BO)
+        if order.fixed_grids:
+            group_B = group_at_I[start:stop]
+            grid_B = Grid(scale_GO[group_B], zero_GO[group_B])
+        else:
+            grid = _grid_at_start(running_BO, share_BB, pivot_I[start:stop], spec, effort)
+            scale_GO[group], zero_GO[group] = grid
+            grid_B = Grid(grid.scale_R.expand_as(running_BO), grid.zero_R.expand_as(running_BO))
         miss_BO = fix_block(running_BO, level_IO[start:stop], share_BB, grid_B, spec.bits)
         torch.addcmul(target_IO[start:stop], level_IO[start:stop], grid_B.scale_R, value=-1, out=error_IO[start:stop])
         objective_O += miss_BO.square_().mul_(pivot_I[start:stop, None]).sum(0)
@@ -111,11 +120,18 @@ def _grids_of(weight_BO: Tensor, pivot_B: Tensor, spec: LinearSpec, effort: Effo
     return searched_grids(weight_BO.T, pivot_B, bits=spec.bits, sym=spec.sym, signed=effort.signed, count=count)
 
 
-def _exact_grid(running_BO: Tensor, share_BB: Tensor, pivot_B: Tensor, spec: LinearSpec, effort: Effort) -> Grid:
-    """The grid with which sweeping the group costs least, sum of e_j^2, for each row; of the SHORTLIST by the cheap measure.
+def _grid_at_start(running_BO: Tensor, share_BB: Tensor, pivot_B: Tensor, spec: LinearSpec, effort: Effort) -> Grid:
+    """The grid of a group, from its weights as they stand when it begins.
 
-    By the identity above that is what the group adds to the layer's objective, given the groups before it.
+    With the search "exact" it is the one with which sweeping the group costs least, sum of e_j^2, for each row; of the SHORTLIST by the
+    cheap measure. By the identity above that is what the group adds to the layer's objective, given the groups before it.
     """
+    if effort.grid != "exact":
+        return _grids_of(running_BO, pivot_B, spec, effort)[0]
+    if kernels := kernels_for(running_BO):
+        found = kernels.best_grids(running_BO, pivot_B, spec, signed=effort.signed, count=SHORTLIST)
+        best_O = kernels.sweep_costs(running_BO, share_BB, pivot_B, found, spec.bits).argmin(0, keepdim=True)
+        return Grid(found.scale_R.gather(0, best_O)[0], found.zero_R.gather(0, best_O)[0])
     grids = _grids_of(running_BO, pivot_B, spec, effort, SHORTLIST)
     best, level_BO = grids[0], torch.empty_like(running_BO)
     least_O = _cost(best, running_BO, level_BO, share_BB, pivot_B, spec.bits)
@@ -138,6 +154,8 @@ def fix_block(running_BO: Tensor, level_BO: Tensor, share_BB: Tensor, grid_B: Gr
 
     The loop is the hot spot of a run: one matrix-vector product and five in-place passes a column, no allocation, no synchronisation.
     """
+    if kernels := kernels_for(running_BO):
+        return kernels.fix_block(running_BO, level_BO, share_BB, grid_B, bits)
     lowest = (-grid_B.zero_R).unbind(0)
     highest = (2**bits - 1 - grid_B.zero_R).unbind(0)
     scales, running, levels = grid_B.scale_R.unbind(0), running_BO.unbind(0), level_BO.unbind(0)
@@ -157,8 +175,31 @@ def fix_block(running_BO: Tensor, level_BO: Tensor, share_BB: Tensor, grid_B: Gr
     return miss_BO
 
 
+def kernels_for(running_BO: Tensor) -> ModuleType | None:
+    """fused.py where its kernels can run on a group of columns like this one: it decides them in one launch."""
+    if not running_BO.is_cuda or running_BO.dtype != torch.float32 or running_BO.shape[0] > WIDEST_FUSED or not _has_triton():
+        return None
+    return importlib.import_module("gptqkit.algorithms.fused")
+
+
+@functools.cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def diagonal_shares(root_II: Tensor, bounds: Sequence[tuple[int, int]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """`shares` of every diagonal block; on a CUDA device of all blocks of the same size at once."""
+    sizes = {stop - start for start, stop in bounds}
+    if not root_II.is_cuda or len(sizes) > 1:
+        yield from (shares(root_II[start:stop, start:stop]) for start, stop in bounds)
+        return
+    inverse_NBB, share_NBB = shares(torch.stack([root_II[start:stop, start:stop] for start, stop in bounds]))
+    yield from zip(inverse_NBB, share_NBB, strict=True)
+
+
 def shares(root_BB: Tensor) -> tuple[Tensor, Tensor]:
-    """U = R^-1 of a diagonal block of R, and U_jk / U_jj as [later k, earlier j]: what column k owes for a miss of 1 in column j."""
-    identity_BB = torch.eye(root_BB.shape[0], dtype=root_BB.dtype, device=root_BB.device)
-    inverse_BB = torch.linalg.solve_triangular(root_BB, identity_BB, upper=True)
-    return inverse_BB, (inverse_BB / inverse_BB.diagonal()[:, None]).T.contiguous()
+    """U = R^-1 of diagonal blocks of R [..., B, B], and U_jk / U_jj as [later k, earlier j]: what column k owes for a miss of 1 in
+    column j."""
+    identity_BB = torch.eye(root_BB.shape[-1], dtype=root_BB.dtype, device=root_BB.device)
+    inverse_BB = torch.linalg.solve_triangular(root_BB, identity_BB.expand_as(root_BB), upper=True)
+    return inverse_BB, (inverse_BB / inverse_BB.diagonal(dim1=-2, dim2=-1)[..., None]).mT.contiguous()
