@@ -67,7 +67,9 @@ def test_both_stacks_are_quantized_and_load(family: str, preset: str, tmp_path: 
             whole.get_submodule(name).weight.data.copy_(checkpoint.read_linear(name).dequantize())
         assert (logits(loaded) - logits(whole)).abs().max() <= 1e-4 * before.abs().max()
         assert loaded.generate(IDS, max_new_tokens=4, do_sample=False).shape[0] == len(IDS)
-        kl = float((log_softmax(before[:, :-1], -1).exp() * (log_softmax(before, -1) - log_softmax(logits(whole), -1))[:, :-1]).sum(-1).mean())
+        kl = float(
+            (log_softmax(before[:, :-1], -1).exp() * (log_softmax(before, -1) - log_softmax(logits(whole), -1))[:, :-1]).sum(-1).mean()
+        )
     cpu = torch.device("cpu")
     subject, reference = (StreamedModel.open(folder, device=cpu, dtype=torch.float32) for folder in (tmp_path / "out", original))
     measured = compare(subject, reference, list(IDS)).kl

@@ -228,8 +228,14 @@ class _ListProbe:
 
     def kept(self) -> list[Kept]:
         kept: list[Kept] = []
+        owners: dict[int, int] = {}
         for index, block in enumerate(self.blocks):
             name = f"{self.path}.{index}"
+            for local, parameter in block.named_parameters():
+                if owners.setdefault(id(parameter), index) != index:
+                    raise InputError(
+                        f"{name}.{local} is also a parameter of block {owners[id(parameter)]}: shared blocks are not supported yet"
+                    )
             if index in self.called:
                 kept += kept_inside(name, block, self._idle[self.kinds[index]])
             else:
