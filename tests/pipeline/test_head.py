@@ -227,7 +227,7 @@ def test_untying_what_else_is_tied_is_refused(tmp_path: Path, monkeypatch: pytes
 
 def test_prediction_grows_with_the_vocabulary_but_not_the_solver(model: Path) -> None:
     opened = prepare(str(model), CONFIG, dtype="bfloat16").model
-    place = memory.Memory(True, "device", 0, 0, 0)
+    place = memory.Memory(paused=True, flight=None, place="device", activations=0, peak=0, room=0)
     shapes = [(32_000, 4096), (128_000, 4096)]
     small, large = (memory.predict_head(place, shape, 2 * shape[0] * shape[1], CONFIG, opened) for shape in shapes)
     assert large < 4.2 * small

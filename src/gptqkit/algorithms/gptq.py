@@ -25,7 +25,7 @@ from torch import Tensor
 
 from gptqkit.algorithms.factor import RAISE, DampingRule, Factor, damping, even_damping, factorize, mean_damping, sample_damp
 from gptqkit.algorithms.order import ColumnOrder, column_order
-from gptqkit.algorithms.precision import exact, short_operands
+from gptqkit.algorithms.precision import exact, short_products
 from gptqkit.algorithms.refine import Fitted, refine
 from gptqkit.algorithms.rtn import round_to_nearest
 from gptqkit.algorithms.sweep import Effort, sweep
@@ -298,11 +298,12 @@ def _rounded(weight_OI: Tensor, order: ColumnOrder, spec: LinearSpec) -> Quantiz
 def output_energy(weight_IO: Tensor, gram_II: Tensor, width: int = 256) -> Tensor:
     """tr(W^T H W) for [I, O] and symmetric [I, I]: scalar, the mean squared norm of the output over tokens.
 
-    The blocks above the diagonal count twice, those below not at all, which halves the work. Operands may be shortened to bfloat16, which
-    moves the sum of so many terms by less than a part in a thousand: it is a measure, nothing is computed from it.
+    The blocks above the diagonal count twice, those below not at all, which halves the work. Operands may be shortened (bfloat16 on a
+    CPU, TF32 on CUDA), which moves the sum of so many terms by less than a part in a thousand: it is a measure, nothing is computed
+    from it.
     """
     total = weight_IO.new_zeros((), dtype=torch.float64)
-    with short_operands():
+    with short_products():
         for start in range(0, weight_IO.shape[0], width):
             block_BO = weight_IO[start : start + width]
             stop = start + block_BO.shape[0]

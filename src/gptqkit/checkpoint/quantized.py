@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from gptqkit.checkpoint.files import read_json
@@ -65,10 +66,10 @@ class QuantizedCheckpoint:
             linears = layout.specs(quantization, names)
         return cls(folder, config, quantization, layout, source, linears, dense)
 
-    def read_linear(self, name: str) -> QuantizedWeight:
-        """One weight, on the CPU. Raises InputError that names the tensor which is missing, misshapen, out of range or truncated."""
+    def read_linear(self, name: str, device: torch.device | str = "cpu") -> QuantizedWeight:
+        """One weight, on a device. Raises InputError that names the tensor which is missing, misshapen, out of range or truncated."""
         spec = self._spec(name)
-        tensors = {local: self.source.read(f"{name}.{local}") for local in self.local_names(name)}
+        tensors = {local: self.source.read(f"{name}.{local}").to(device) for local in self.local_names(name)}
         with reading(self.folder, name):
             return self.format.decode(tensors, spec)
 

@@ -7,12 +7,15 @@ while mapped kills the process.
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import os
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from io import FileIO
 from pathlib import Path
 
 import torch
@@ -52,9 +55,16 @@ class TensorSource:
     torch.Size([8192, 512])
     """
 
-    def __init__(self, folder: Path, tensors: dict[str, TensorInfo], pieces: Mapping[str, Piece] | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        tensors: dict[str, TensorInfo],
+        pieces: Mapping[str, Piece] | None = None,
+        coming: dict[str, Future[Tensor]] | None = None,
+    ) -> None:
         self.folder = folder
         self._tensors = tensors
+        self._coming = {} if coming is None else coming
         self._pieces = dict(pieces or {})
         self._stacked = {piece.stored for piece in self._pieces.values()}
 
@@ -87,7 +97,7 @@ class TensorSource:
                     f"tensor {piece.stored} has shape {list(shape)} and cannot hold {name}, one of {piece.parts} parts of each of "
                     f"{piece.count} experts (config.json of another model?)"
                 )
-        return TensorSource(self.folder, self._tensors, {**self._pieces, **pieces})
+        return TensorSource(self.folder, self._tensors, {**self._pieces, **pieces}, self._coming)
 
     def together(self, names: Collection[str]) -> list[str]:
         """`names`, and for containers all of whose pieces are among them, the tensors that the checkpoint stores in their place."""
@@ -121,26 +131,68 @@ class TensorSource:
             raise InputError(f"{self.folder} holds no tensor {name}") from None
 
     def read(self, name: str) -> Tensor:
-        """A fresh CPU tensor. Raises InputError when the file has become shorter than its header says."""
+        """A fresh CPU tensor; of one that was read ahead the same each time, not to be written to.
+
+        Raises InputError when the file has become shorter than its header says.
+        """
+        coming = self._coming.get(name)
+        return self._fetch(name, pinned=False) if coming is None else coming.result()
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Begins to read tensors in the background, into memory that a CUDA device copies from directly, to be kept until `forget`."""
+        for name in names:
+            if name not in self._coming:
+                self._coming[name] = _readers().submit(self._fetch, name, pinned=True)
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Gives back what was read ahead."""
+        for name in names:
+            coming = self._coming.pop(name, None)
+            if coming is not None:
+                coming.cancel()
+
+    def _fetch(self, name: str, *, pinned: bool) -> Tensor:
         piece, info = self._pieces.get(name), self.info(name)
         if piece is None or piece.contiguous:
-            return self._read(name, info)
+            return self._read(name, info, pinned)
         shape = piece.slice_shape(self.info(piece.stored).shape)
         around = replace(info, shape=shape, nbytes=math.prod(shape) * info.dtype.itemsize)
-        return piece.cut(self._read(name, around)).contiguous()
+        return piece.cut(self._read(name, around, pinned)).contiguous()
 
-    def _read(self, name: str, info: TensorInfo) -> Tensor:
-        raw = torch.empty(info.nbytes, dtype=torch.uint8)
-        view = raw.numpy().data
+    def _read(self, name: str, info: TensorInfo, pinned: bool) -> Tensor:
+        raw = torch.empty(info.nbytes, dtype=torch.uint8, pin_memory=pinned)
         with open(self.folder / info.file, "rb", buffering=0) as file:
-            file.seek(info.offset)
-            done = 0
-            while done < info.nbytes:
-                count = file.readinto(view[done:])
-                if not count:
-                    raise InputError(f"{self.folder / info.file} is truncated: tensor {name} ends after {done} of {info.nbytes} bytes")
-                done += count
+            self._fill(raw, file, name, info, 0)
         return raw.view(info.dtype).reshape(info.shape)
+
+    def chunks(self, name: str, size: int = 1 << 25) -> Iterator[Tensor]:
+        """A tensor's values in order, [n] each, at most `size` bytes at a time; each is overwritten by the next. Raises as `read`."""
+        piece, info = self._pieces.get(name), self.info(name)
+        if piece is not None and not piece.contiguous:
+            yield self.read(name).reshape(-1)
+            return
+        raw = torch.empty(min(size, info.nbytes), dtype=torch.uint8)
+        with open(self.folder / info.file, "rb", buffering=0) as file:
+            for start in range(0, info.nbytes, size):
+                part = raw[: min(size, info.nbytes - start)]
+                self._fill(part, file, name, info, start)
+                yield part.view(info.dtype)
+
+    def _fill(self, raw: Tensor, file: FileIO, name: str, info: TensorInfo, start: int) -> None:
+        """Bytes of a tensor from `start` on, as many as `raw` has."""
+        view, done = raw.numpy().data, 0
+        file.seek(info.offset + start)
+        while done < raw.nbytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise InputError(f"{self.folder / info.file} is truncated: tensor {name} ends after {start + done} of {info.nbytes} bytes")
+            done += count
+
+
+@functools.cache
+def _readers() -> ThreadPoolExecutor:
+    """Threads that read ahead: one does not keep up with a GPU, since copying out of the page cache takes it 0.3 s for a block of 8B."""
+    return ThreadPoolExecutor(4, thread_name_prefix="gptqkit-read")
 
 
 def _files(folder: Path) -> list[str]:

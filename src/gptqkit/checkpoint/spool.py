@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator
+from concurrent.futures import Executor, Future, wait
 from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO
@@ -40,8 +41,12 @@ class Spool:
     ...     digest = spool.publish(folder / "model.safetensors")
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, writer: Executor | None = None) -> None:
+        """With a `writer`, tensors are written by its thread; what goes wrong there is raised by the next `read` or `publish`. That thread
+        itself sets `writer` to None before it goes on with a spool."""
         self._path = path
+        self.writer = writer
+        self._underway: list[Future[None]] = []
         self._entries: dict[str, tuple[int, int, torch.dtype, tuple[int, ...]]] = {}
         """(offset, bytes, dtype, shape)."""
         self._end = 0
@@ -52,6 +57,7 @@ class Spool:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        wait(self._underway)
         self._file.close()
         self._path.unlink(missing_ok=True)
 
@@ -63,18 +69,31 @@ class Spool:
         return name in self._entries
 
     def put(self, name: str, tensor: Tensor) -> None:
+        """Takes a tensor, which must not be written to afterwards."""
         flat = tensor.detach().cpu().contiguous().reshape(-1)
-        view = flat.view(torch.uint8).numpy().data
-        with writing(self._path):
-            self._file.seek(self._end)
-            done = 0
-            while done < flat.nbytes:
-                done += self._file.write(view[done:])
-        self._entries[name] = (self._end, flat.nbytes, tensor.dtype, tuple(tensor.shape))
+        entry = (self._end, flat.nbytes, tensor.dtype, tuple(tensor.shape))
+        self._entries[name] = entry
         self._end += flat.nbytes
+        if self.writer is None:
+            self._write(flat, entry[0])
+        else:
+            self._underway.append(self.writer.submit(self._write, flat, entry[0]))
+
+    def _write(self, flat: Tensor, offset: int) -> None:
+        view = flat.view(torch.uint8).numpy().data
+        done = 0
+        with writing(self._path):
+            while done < flat.nbytes:
+                done += os.pwrite(self._file.fileno(), view[done:], offset + done)
+
+    def _settle(self) -> None:
+        underway, self._underway = self._underway, []
+        for one in underway:
+            one.result()
 
     def read(self, name: str) -> Tensor:
         """A fresh CPU tensor."""
+        self._settle()
         _, nbytes, dtype, shape = self._entries[name]
         raw = torch.empty(nbytes, dtype=torch.uint8)
         view, done = raw.numpy().data, 0
@@ -85,6 +104,7 @@ class Spool:
 
     def publish(self, path: Path) -> str:
         """Atomically writes the safetensors file (metadata format=pt) and returns its sha256."""
+        self._settle()
         names = sorted(self._entries, key=lambda name: (-_RANK.index(_NAMES[self._entries[name][2]]), name.encode()))
         temporary = path.with_name(path.name + ".tmp")
         digest = hashlib.sha256()
@@ -114,8 +134,7 @@ class Spool:
     def _chunks(self, name: str) -> Iterator[bytes]:
         offset, left, _, _ = self._entries[name]
         while left:
-            self._file.seek(offset)
-            chunk = self._file.read(min(left, _CHUNK))
+            chunk = os.pread(self._file.fileno(), min(left, _CHUNK), offset)
             assert chunk, f"{self._path} was cut short"
             yield chunk
             offset, left = offset + len(chunk), left - len(chunk)

@@ -1,4 +1,4 @@
-"""`gptqkit bench quality`: our recipes and other tools on the same tokens, as tables, JSON and plots."""
+"""`gptqkit bench quality`: our recipes and other tools on the same tokens. `gptqkit bench quantize`: time and memory on a known shape."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from gptqkit.cli.failures import guard
-from gptqkit.cli.options import Debug, Device, Json, Model
+from gptqkit.cli.options import Debug, Device, Json, Memory, Model, parse_size
 from gptqkit.cli.output import Answer, table, to_json
 from gptqkit.cli.progress import Progress
 from gptqkit.core.errors import InputError
@@ -61,6 +61,65 @@ def quality(
             windows=windows, threads=threads, again=again or [], keep=keep, device=device, emit=emit,
         )  # fmt: skip
     return Answer(data, describe_quality(data, out))
+
+
+@guard
+def quantize(
+    shape: Annotated[str, typer.Argument(metavar="SHAPE", help="llama-3-8b, llama-3-70b, qwen3-30b-a3b or tiny.")],
+    work: Annotated[str, typer.Option(metavar="DIR", help="Where the random model and its result are put meanwhile.")] = "gptqkit-bench",
+    blocks: Annotated[
+        int | None, typer.Option(metavar="N", help="So many blocks; the rest is extrapolated. [default: all]", show_default=False)
+    ] = None,
+    presets: Annotated[str, typer.Option(metavar="NAMES", help="Of: plain, fast, best, rtn, hqq, awq.")] = "fast",
+    bits: Annotated[int, typer.Option(metavar="N", help="Bit width.")] = 4,
+    group_size: Annotated[int, typer.Option(metavar="N", help="Columns that share a scale.")] = 128,
+    format_: Annotated[str, typer.Option("--format", metavar="NAME", help="Of the checkpoint.")] = "gptq",
+    samples: Annotated[int, typer.Option(metavar="N", help="Calibration sequences.")] = 128,
+    seqlen: Annotated[int, typer.Option(metavar="N", help="Tokens in each.")] = 2048,
+    memory: Memory = None,
+    phases: Annotated[bool, typer.Option("--phases/--no-phases", help="A second run that says what a block's time goes into.")] = True,
+    keep: Annotated[bool, typer.Option("--keep", help="Keep the random model, for the next time.")] = False,
+    device: Device = "auto",
+    json: Json = False,
+    debug: Debug = False,
+) -> Answer:
+    """Measure how long quantizing takes, and what memory, on a model of a known shape with random weights.
+
+    Each run is a process of its own and counts from its first line of work to the published checkpoint, imports excluded.
+
+    \b
+    Examples:
+      gptqkit bench quantize tiny --samples 8 --seqlen 256
+      gptqkit bench quantize llama-3-8b --presets fast,best,rtn --json
+      gptqkit bench quantize llama-3-70b --blocks 4
+    """
+    from gptqkit.bench.quantize import bench_quantize  # torch, which --help must not load
+    from gptqkit.core.config import QuantConfig
+
+    with Progress() as emit:
+        data = bench_quantize(
+            shape, Path(work), blocks=blocks, presets=_names(presets), config=QuantConfig(bits=bits, group_size=group_size, format=format_),
+            samples=samples, seqlen=seqlen, device=device,
+            memory=None if memory is None else parse_size("--memory", memory), breakdown=phases, keep=keep, emit=emit,
+        )  # fmt: skip
+    return Answer(data, describe_quantize(data))
+
+
+def describe_quantize(data: Mapping[str, Any]) -> str:
+    """A line for each preset, then what its blocks' time went into."""
+    columns = ["preset", "whole run", f"all {data['of_blocks']} blocks", "a block", "device", "host"]
+    cells, lines = [], []
+    for row in data["rows"]:
+        cells.append([
+            row["preset"], f"{row['seconds']:.1f} s", f"{row['whole']:.1f} s", f"{row['block']:.3f} s",
+            f"{row['device_bytes'] / 1e9:.2f} GB", f"{row['host_bytes'] / 1e9:.2f} GB",
+        ])  # fmt: skip
+        if row["phases"]:
+            lines.append(f"{row['preset']}, a block: " + ", ".join(f"{name} {seconds:.3f} s" for name, seconds in row["phases"].items()))
+    title = (
+        f"{data['shape']}, {data['blocks']} blocks, {data['samples']} x {data['seqlen']} tokens, {data['device']}, torch {data['torch']}"
+    )
+    return "\n".join([title, table(columns, cells), *lines, to_json(data)])
 
 
 def describe_quality(data: Mapping[str, Any], out: str) -> str:

@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 
 import gptqkit
-from gptqkit.cli.bench import quality
+from gptqkit.cli import bench
 from gptqkit.cli.convert import convert
 from gptqkit.cli.demo import demo
 from gptqkit.cli.doctor import doctor
@@ -36,11 +36,12 @@ VERBS: dict[str, Callable[..., None]] = {
     "doctor": doctor,
     "generate": generate,
     "demo": demo,
-    "bench quality": quality,
+    "bench quality": bench.quality,
+    "bench quantize": bench.quantize,
 }
 """By what is typed. Two words are a group and a verb in it."""
 
-GROUPS = {"bench": "Measure gptqkit beside other tools."}
+GROUPS = {"bench": "Measure gptqkit: its quality beside other tools, its speed on known shapes."}
 
 
 def _version(asked: bool) -> None:

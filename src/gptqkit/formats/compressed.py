@@ -68,13 +68,13 @@ class CompressedTensorsFormat:
         if reason := self.refuses(weight):
             raise InputError(reason)
         tensors = {
-            "weight_packed": pack(weight.codes_OI.cpu(), weight.bits),
-            "weight_scale": weight.scale_OG.cpu().contiguous(),
+            "weight_packed": pack(weight.codes_OI, weight.bits),
+            "weight_scale": weight.scale_OG.contiguous(),
             "weight_shape": torch.tensor([weight.out_features, weight.in_features], dtype=torch.int64),
         }
         if weight.zero_OG is not None:
-            tensors["weight_zero_point"] = pack(weight.zero_OG.cpu().T.contiguous(), weight.bits).T.contiguous()
-        return tensors
+            tensors["weight_zero_point"] = pack(weight.zero_OG.T.contiguous(), weight.bits).T.contiguous()
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
         out_features, in_features = _shape(tensors)
@@ -199,7 +199,7 @@ def _groups(tensors: Mapping[str, Tensor], groups: int, in_features: int, group_
     group_I = fields.tensor(tensors, "weight_g_idx", torch.int32, 1)
     fields.expect_shape("weight_g_idx", group_I, (in_features,), f"{in_features} columns")
     size = in_features if group_size == -1 else group_size
-    if bool((group_I == -1).all()) or torch.equal(group_I, torch.arange(in_features, dtype=torch.int32) // size):
+    if bool((group_I == -1).all()) or torch.equal(group_I, torch.arange(in_features, dtype=torch.int32, device=group_I.device) // size):
         return None
     if int(group_I.min()) < 0 or int(group_I.max()) >= groups:
         raise InputError(f"weight_g_idx holds {int(group_I.min())} to {int(group_I.max())}; allowed: 0 to {groups - 1}")

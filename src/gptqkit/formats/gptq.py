@@ -89,17 +89,16 @@ class GptqFormat:
     def encode(self, weight: QuantizedWeight) -> dict[str, Tensor]:
         if reason := self.refuses(weight):
             raise InputError(reason)
-        codes_OI, scale_OG = weight.codes_OI.cpu(), weight.scale_OG.cpu()
-        if weight.zero_OG is None:
-            zero_OG = torch.full(scale_OG.shape, weight.natural_zero, dtype=torch.uint8)
-        else:
-            zero_OG = weight.zero_OG.cpu()
-        return {
-            "qweight": pack(codes_OI, weight.bits).T.contiguous(),
+        scale_OG, zero_OG = weight.scale_OG, weight.zero_OG
+        if zero_OG is None:
+            zero_OG = torch.full_like(scale_OG, weight.natural_zero, dtype=torch.uint8)
+        tensors = {
+            "qweight": pack(weight.codes_OI, weight.bits).T.contiguous(),
             "qzeros": pack((zero_OG - self.zero_offset).T.contiguous(), weight.bits),
             "scales": scale_OG.T.contiguous(),
-            "g_idx": weight.column_groups().to(device="cpu", dtype=torch.int32),
+            "g_idx": weight.column_groups().to(torch.int32),
         }
+        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
         if spec.bits not in BITS:
@@ -191,7 +190,7 @@ class GptqFormat:
 
 def _add(words_GO: Tensor, constants: tuple[int, ...]) -> Tensor:
     """Adds constants[j % len] to column j modulo 2**32."""
-    addend = torch.tensor([constants[j % len(constants)] for j in range(words_GO.shape[1])], dtype=torch.int64)
+    addend = torch.tensor([constants[j % len(constants)] for j in range(words_GO.shape[1])], device=words_GO.device)
     total = (words_GO.to(torch.int64) + addend) & 0xFFFFFFFF
     return torch.where(total >= 2**31, total - 2**32, total).to(torch.int32)
 
@@ -206,7 +205,7 @@ def _groups(tensors: Mapping[str, Tensor], groups: int, in_features: int, group_
     if int(group_I.min()) < 0 or int(group_I.max()) >= groups:
         raise InputError(f"g_idx holds {int(tensors['g_idx'].max())} or {int(tensors['g_idx'].min())}; allowed: 0 to {groups - 1}")
     size = in_features if group_size == -1 else group_size
-    return None if torch.equal(group_I, torch.arange(in_features, dtype=torch.int32) // size) else group_I
+    return None if torch.equal(group_I, torch.arange(in_features, dtype=torch.int32, device=group_I.device) // size) else group_I
 
 
 def _rules(config: Mapping[str, Any]) -> list[tuple[Any, LinearSpec | None]]:

@@ -102,7 +102,9 @@ class StreamedModel:
         names = [
             name for name, _ in self.skeleton.named_parameters() if name.startswith(prefix) and name.rpartition(".")[0] not in streamed
         ]
+        ahead = self._read_ahead(index)
         self._load(names)
+        self._read_ahead(index + 1)
         supplies: list[ExpertSupply] = []
         try:
             blocks = (self.block(index), *(copy.deepcopy(self.block(index)) for _ in range(count - 1)))
@@ -115,6 +117,7 @@ class StreamedModel:
             for supply in supplies:
                 supply.close()
             self._drop(names)
+            self.weights.forget(ahead)
 
     @contextmanager
     def loaded_outside(self) -> Iterator[None]:
@@ -189,9 +192,18 @@ class StreamedModel:
                 stack.enter_context(stand_ins(self.skeleton, blocks.path, lambda *call, blocks=blocks: blocks.returned(hidden_BTH)))
             yield
 
+    def _read_ahead(self, index: int) -> list[str]:
+        """Begins to read a block, where a CUDA device would wait for it. Returns what is to be forgotten once the block is left."""
+        if self.device.type != "cuda" or index >= self.block_count:
+            return []
+        prefix = self.layout.block_name(index) + "."
+        names = [disk for name, disk in self.disk_name.items() if name.startswith(prefix)]
+        self.weights.read_ahead(names)
+        return names
+
     def read_parameter(self, name: str) -> Tensor:
-        """The checkpoint's tensor for a parameter, in the orientation of the module, in the checkpoint's dtype, on the CPU."""
-        tensor = self.weights.read(self.disk_name[name])
+        """The checkpoint's tensor for a parameter, in the orientation of the module, in the checkpoint's dtype, on the run's device."""
+        tensor = self.weights.read(self.disk_name[name], self.device)
         return tensor.T.contiguous() if self._flips(name) else tensor
 
     def put_parameter(self, name: str, value: Tensor, again: Callable[[], Tensor]) -> None:

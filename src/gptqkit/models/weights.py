@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from gptqkit.checkpoint.pieces import Piece
@@ -20,8 +21,14 @@ class Weights(Protocol):
     @property
     def names(self) -> tuple[str, ...]: ...
 
-    def read(self, name: str) -> Tensor:
-        """A fresh CPU tensor."""
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        """The tensor on a device: a fresh one, or one read ahead, which is not to be written to."""
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        """Begins to read what `read` of these will need, in the background, to be kept until `forget`."""
+
+    def forget(self, names: Iterable[str]) -> None:
+        """Gives back what was read ahead."""
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of what `read(name)` returns, from the headers."""
@@ -43,8 +50,14 @@ class DenseWeights:
     def names(self) -> tuple[str, ...]:
         return self.source.names
 
-    def read(self, name: str) -> Tensor:
-        return self.source.read(name)
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
+        return self.source.read(name).to(device, non_blocking=True)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        self.source.read_ahead(names)
+
+    def forget(self, names: Iterable[str]) -> None:
+        self.source.forget(names)
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self.source.info(name).shape
@@ -66,10 +79,22 @@ class QuantizedWeights:
     def names(self) -> tuple[str, ...]:
         return (*self.checkpoint.dense_names, *(f"{name}.weight" for name in self.checkpoint.linears))
 
-    def read(self, name: str) -> Tensor:
+    def read(self, name: str, device: torch.device | str = "cpu") -> Tensor:
         if self.is_expanded(name):
-            return self.checkpoint.read_linear(name.removesuffix(".weight")).dequantize()
-        return self.checkpoint.source.read(name)
+            return self.checkpoint.read_linear(name.removesuffix(".weight"), device).dequantize()
+        return self.checkpoint.source.read(name).to(device, non_blocking=True)
+
+    def read_ahead(self, names: Iterable[str]) -> None:
+        self.checkpoint.source.read_ahead(self._stored(names))
+
+    def forget(self, names: Iterable[str]) -> None:
+        self.checkpoint.source.forget(self._stored(names))
+
+    def _stored(self, names: Iterable[str]) -> Iterator[str]:
+        """The tensors of the checkpoint that these are made from."""
+        for name in names:
+            linear = name.removesuffix(".weight")
+            yield from [f"{linear}.{local}" for local in self.checkpoint.local_names(linear)] if self.is_expanded(name) else [name]
 
     def shape(self, name: str) -> tuple[int, ...]:
         if self.is_expanded(name):

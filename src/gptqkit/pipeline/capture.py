@@ -81,14 +81,16 @@ class BlockPass:
     anchors: Sequence[str | None] = ()
     """By group, where the residual stream can be seen that its output is added to (residual.py); () for none at all."""
 
-    def run(self, *, paused: bool, on_input: OnInput, on_group: OnGroup) -> None:
+    def run(self, *, paused: bool, on_input: OnInput, on_group: OnGroup, room: int | None = None) -> None:
         """`paused` holds all batches in flight; else the forward is replayed per group. Equal results.
+
+        room  bytes that flights may take of a CUDA device: batches whose flights do not fit are replayed; None for no limit
 
         After the `last` block nothing reads the outputs: the forward ends with its last group, and `hidden` is not replaced. With a
         reference, `hidden` stays as well and only the reference moves on: its outputs are what the block can still be tuned towards.
         """
         if paused and not any(group.revisited for group in self.groups):
-            self._paused(on_input, on_group)
+            self._paused(on_input, on_group, room)
         else:
             self._replayed(on_input, on_group)
 
@@ -101,14 +103,15 @@ class BlockPass:
         if self.reference is not None:
             run_in_step(self.reference.block, self.calls, self.reference.hidden, self.reference.hidden)
 
-    def _paused(self, on_input: OnInput, on_group: OnGroup) -> None:
-        streams = [_Flights(block, self.groups, self.calls, hidden, self.anchors) for block, hidden in self._streams()]
+    def _paused(self, on_input: OnInput, on_group: OnGroup, room: int | None) -> None:
+        share = None if room is None else room // len(self._streams())
+        streams = [_Flights(block, self.groups, self.calls, hidden, self.anchors, share) for block, hidden in self._streams()]
         try:
             for index in range(len(self.groups)):
                 for flights in streams:
                     flights.advance(index)
                 for batch in range(len(self.calls)):
-                    _offer(on_input, index, [flights.arrivals[batch] for flights in streams])
+                    _offer(on_input, index, [self._arrived(flights, index, batch) for flights in streams])
                 for flights in streams:
                     flights.arrivals.clear()
                 on_group(index)
@@ -119,6 +122,14 @@ class BlockPass:
         finally:
             for flights in streams:
                 flights.close()
+
+    def _arrived(self, flights: _Flights, index: int, batch: int) -> Reading:
+        """What the group reads for a batch: where its flight has stopped, or in a forward of its own."""
+        arrival = flights.arrivals.pop(batch, None)
+        if arrival is not None:
+            return arrival
+        (reading,) = self._inputs(index, False, flights.block, self.calls[batch], flights.hidden[batch])
+        return reading
 
     def _replayed(self, on_input: OnInput, on_group: OnGroup) -> None:
         for index, group in enumerate(self.groups):
@@ -163,38 +174,66 @@ class BlockPass:
 
 
 class _Flights:
-    """The forwards of one block over all batches, each paused at the first linear of a group."""
+    """The forwards of one block over all batches, each paused at the first linear of a group. What they hold stays below `room` bytes of a
+    CUDA device: the last ones are given up for that, and stay given up."""
 
     def __init__(
-        self, block: nn.Module, groups: Sequence[InputGroup], calls: Sequence[Call], hidden: Activations, anchors: Sequence[str | None]
+        self,
+        block: nn.Module,
+        groups: Sequence[InputGroup],
+        calls: Sequence[Call],
+        hidden: Activations,
+        anchors: Sequence[str | None],
+        room: int | None,
     ) -> None:
-        self.arrivals: list[Reading] = []
-        self._block = block
-        self._hidden = hidden
+        self.arrivals: dict[int, Reading] = {}
+        self.block = block
+        self.hidden = hidden
         self._main = greenlet.getcurrent()
         self._reached = -1
+        self._calls = calls
+        self._limit = None if room is None else torch.cuda.memory_allocated() + room
         self._anchors = anchors or [None] * len(groups)
         self._passed: dict[tuple[object, str], Tensor] = {}
         self._hooks = [_first_to_know(_leader(block, group), self._pause(index)) for index, group in enumerate(groups)]
         for anchor in {anchor for anchor in self._anchors if anchor}:
             self._hooks.append(block.get_submodule(anchor).register_forward_pre_hook(self._note(anchor), with_kwargs=True))
         self._flights = [greenlet.greenlet(call.run) for call in calls]
+        self._open = len(self._flights)
 
     def advance(self, index: int) -> None:
         """Every batch to the first linear of group `index`; what it reads is in `arrivals`."""
         self._reached = index - 1
         with WideAttention():  # around the switches, not inside a flight: modes nest by call order, which flights do not keep
-            for batch, flight in enumerate(self._flights):
-                arrival = flight.switch() if flight else flight.switch(self._block, self._start(flight, batch))
+            batch = 0
+            while batch < self._open:
+                flight = self._flights[batch]
+                arrival = flight.switch() if flight else flight.switch(self.block, self._start(flight, batch))
                 if not isinstance(arrival, tuple) or arrival[0] != index:
                     raise InputError(
-                        f"{type(self._block).__name__}: its forward takes another path for batch {batch} than the probe saw; "
+                        f"{type(self.block).__name__}: its forward takes another path for batch {batch} than the probe saw; "
                         "not supported yet"
                     )
-                self.arrivals.append(arrival[1])
+                self.arrivals[batch] = arrival[1]
+                del arrival
+                batch += 1
+                self._make_room()
+
+    def _make_room(self) -> None:
+        while self._limit is not None and self._open and torch.cuda.memory_allocated() > self._limit:
+            self._open -= 1
+            self.arrivals.pop(self._open, None)
+            flight = self._flights[self._open]
+            self._forget(flight)
+            if flight:
+                flight.throw(greenlet.GreenletExit)
+
+    def _forget(self, flight: object) -> None:
+        for key in [key for key in self._passed if key[0] is flight]:
+            del self._passed[key]
 
     def _start(self, flight: object, batch: int) -> Tensor:
-        hidden_BTH = self._hidden[batch]
+        hidden_BTH = self.hidden[batch]
         if BLOCK_INPUT in self._anchors:
             self._passed[flight, BLOCK_INPUT] = hidden_BTH
         return hidden_BTH
@@ -205,7 +244,7 @@ class _Flights:
         self._passed.clear()
         with WideAttention():
             for batch, flight in enumerate(self._flights):
-                self._hidden[batch] = flight.switch()
+                self.hidden[batch] = flight.switch() if batch < self._open else self._calls[batch].run(self.block, self.hidden[batch])
 
     def close(self) -> None:
         for hook in self._hooks:
@@ -216,7 +255,7 @@ class _Flights:
 
     def _pause(self, index: int) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            if index > self._reached:
+            if index > self._reached and greenlet.getcurrent() is not self._main:
                 anchor = self._anchors[index]
                 stream = None if anchor is None else self._passed.pop((greenlet.getcurrent(), anchor))
                 self._main.switch((index, _reading(inputs, named, stream)))
@@ -225,7 +264,8 @@ class _Flights:
 
     def _note(self, anchor: str) -> Callable[..., None]:
         def hook(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any]) -> None:
-            self._passed[greenlet.getcurrent(), anchor] = _first(inputs, named)
+            if greenlet.getcurrent() is not self._main:
+                self._passed[greenlet.getcurrent(), anchor] = _first(inputs, named)
 
         return hook
 

@@ -42,6 +42,8 @@ class Memory:
 
     paused: bool
     """All batches of a block in flight at once (fast), or replayed per input group (small)."""
+    flight: int | None
+    """Bytes that flights may take of a CUDA device, the batches beyond them being replayed; None for no limit."""
     place: str
     """Where hidden states wait between blocks: "device", "ram" or "disk"."""
     activations: int
@@ -77,13 +79,16 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None, *, str
     if model.device.type == "cuda":
         free = available_memory(model.device) // 2
         device_budget = free if budget is None else min(free, budget)
-    paused = stored + in_flight <= device_budget
+    paused, room = stored + in_flight <= device_budget, None
+    if model.device.type == "cuda" and not paused and tokens:
+        room = device_budget - stored
+        paused = room > in_flight * batch // tokens
     place = "device" if paused or stored <= device_budget else "ram" if stored <= host_budget else "disk"
     working = batch * max((3 * hidden + 2 * b.width) * element for b in blocks)
     block_bytes = max((streams * b.parameters * element + 2 * b.largest * 4) for b in blocks)
     experts = any(b.experts for b in blocks)
     in_step = min(tokens, STEP_TOKENS) * STEP_STATES * hidden * element if experts else 0
-    flight = in_flight if paused else in_step
+    flight = (in_flight if room is None else room) if paused else in_step
     at_solve = max(b.solver for b in blocks) if tokens else 0
     outside = sum(p.numel() for n, p in model.skeleton.named_parameters() if not model.layout.holds(n)) * element
     resident = LIBRARY_BYTES + (KERNEL_BYTES if experts else 0) if model.device.type == "cpu" else 0
@@ -92,7 +97,9 @@ def predict_memory(model: StreamedModel, tokens: int, budget: int | None, *, str
         + (stored if place == "device" or (model.device.type == "cpu" and place == "ram") else 0)
         + max(block_bytes + max(flight + working, flight + at_solve), outside + working)
     )
-    return Memory(paused, place, stored, peak, {"device": device_budget, "ram": host_budget, "disk": stored}[place])
+    return Memory(
+        paused, room if paused else None, place, stored, peak, {"device": device_budget, "ram": host_budget, "disk": stored}[place]
+    )
 
 
 def head_rows(in_features: int) -> int:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -60,7 +62,8 @@ def check_disk(out: Path, plan: Plan, *, reused: bool) -> None:
         raise InputError(f"{out} cannot be written: {existing} is read-only or not yours; choose another output folder")
     activations = plan.memory.activations if plan.memory.place == "disk" else 0
     there = sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) if reused and out.exists() else 0
-    scratch = plan.size_after // max(plan.blocks, 1)  # a block is on the disk twice while its file is completed
+    waiting = 3 if plan.device.startswith("cuda") else 1
+    scratch = waiting * plan.size_after // max(plan.blocks, 1)  # a block is on the disk twice until its file is complete
     needed = int(plan.size_after * 1.005) + (1 << 20) + scratch + activations - there
     free = shutil.disk_usage(existing).free
     if free < needed:
@@ -70,21 +73,34 @@ def check_disk(out: Path, plan: Plan, *, reused: bool) -> None:
 
 
 def fingerprint(folder: Path, source: TensorSource) -> str:
-    """sha256 over config.json and all tensors (names, dtypes, shapes, bytes), reading each once.
+    """sha256 over config.json and all tensors (names, dtypes, shapes, and the sha256 of their bytes), reading each once.
 
     Raises InputError naming the first tensor that holds NaN or infinity: found now, not after an hour.
     """
     digest = hashlib.sha256(sha256(folder / "config.json").encode())
-    for name in sorted(source.names):
-        tensor = source.read(name)
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        bad = _nonfinite(tensor) if tensor.is_floating_point() else 0
-        if bad:
-            raise InputError(
-                f"tensor {name} in {folder / source.info(name).file} holds {bad} NaN or infinite values; the model is damaged, get it again"
-            )
+    with ThreadPoolExecutor(_HASHING) as pool:
+        names = sorted(source.names)
+        for name, (described, bad) in zip(names, pool.map(partial(_looked_through, source), names), strict=True):
+            if bad:
+                raise InputError(
+                    f"tensor {name} in {folder / source.info(name).file} holds {bad} NaN or infinite values; the model is damaged, get it "
+                    "again"
+                )
+            digest.update(described.encode())
     return digest.hexdigest()
+
+
+_HASHING = min(8, os.cpu_count() or 1)
+"""Tensors that are hashed at a time."""
+
+
+def _looked_through(source: TensorSource, name: str) -> tuple[str, int]:
+    """A tensor's name, dtype, shape and hash in one word, and how many of its values are NaN or infinite."""
+    info, digest, bad = source.info(name), hashlib.sha256(), 0
+    for part in source.chunks(name):
+        digest.update(part.view(torch.uint8).numpy().data)
+        bad += _nonfinite(part) if part.is_floating_point() else 0
+    return f"{name} {info.dtype} {info.shape} {digest.hexdigest()}", bad
 
 
 def _nonfinite(tensor: torch.Tensor) -> int:

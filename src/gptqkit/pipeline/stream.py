@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -15,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from gptqkit.checkpoint.background import Background
 from gptqkit.checkpoint.files import write_shard
 from gptqkit.checkpoint.source import TensorSource
 from gptqkit.checkpoint.spool import Spool
@@ -29,6 +31,7 @@ from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
 from gptqkit.pipeline.capture import BlockPass, Reference
+from gptqkit.pipeline.clock import Clock
 from gptqkit.pipeline.coverage import Coverage
 from gptqkit.pipeline.head import quantize_head
 from gptqkit.pipeline.journal import Journal
@@ -101,11 +104,18 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
     if done:
         finished = min(len(done), stream.plan.blocks)
         stream.emit(Event("note", f"resuming: {finished} of {stream.plan.blocks} blocks are done", {"done": finished}))
-    _write_outside(stream)
-    if len(done) == stream.parts:
-        return records
-    batches = make_batches(sequences, stream.model.device)
-    with torch.inference_mode():
+    with _background(stream) as outside:
+        outside.do(lambda: _write_outside(stream))
+        if len(done) < stream.parts:
+            records += _quantize_rest(stream, make_batches(sequences, stream.model.device), len(done))
+    return records
+
+
+def _quantize_rest(stream: Stream, batches: list[Tensor], done: int) -> list[LinearRecord]:
+    """What follows the first `done` blocks, which are only run."""
+    records: list[LinearRecord] = []
+    clock = Clock(stream.model.device)
+    with torch.inference_mode(), _background(stream) as background:
         calls, hidden = _embed(stream, batches)
         original = _second_stream(stream, hidden) if stream.config.second_stream and batches else None
         stream.emit(Event("stage", "quantizing blocks", {"name": "blocks"}))
@@ -116,31 +126,31 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
             if max(group.in_features for group in stream.model.layout.blocks[index]) >= WIDE:
                 give_back_memory()
             started = time.perf_counter()
-            copies, scratch = 1 if original is None else 2, stream.journal.folder / "block.spool"
-            with Spool(scratch) as spool, stream.model.loaded_copies(index, copies) as (block, *beside):
+            copies = 1 if original is None else 2
+            with ExitStack() as stack:
+                with clock.phase("load"):
+                    block, *beside = stack.enter_context(stream.model.loaded_copies(index, copies))
                 groups, last = stream.model.layout.blocks[index], index == stream.parts - 1
                 called = [calls.get(b, index) for b in range(len(batches))]
                 reference = None if original is None else Reference(beside[0], original)
                 anchors = find_anchors(block, groups, called[0], hidden[0]) if reference is not None else ()
                 # What the block hands on is what its written form makes of the inputs, so with scaling they have to wait for that form.
                 whole = BlockPass(block, groups, called, hidden, last or stream.config.scales_inputs, reference, anchors)
-                if index < len(done):
+                if index < done:
                     _restore(stream, index)
                     whole.propagate()
                     whole.propagate_reference()
                     continue
-                made = _quantize_block(stream, index, whole, sum(batch.numel() for batch in batches), spool)
-                if not last and (reference is not None or stream.config.scales_inputs):
-                    whole.propagate()
-            records += made
+                records += _quantize_block(stream, index, whole, sum(batch.numel() for batch in batches), background, clock)
             seconds = time.perf_counter() - started
             stream.emit(
                 Event(
                     "block",
                     f"block {index + 1} of {stream.plan.blocks}",
-                    {"index": index, "blocks": stream.plan.blocks, "seconds": seconds},
+                    {"index": index, "blocks": stream.plan.blocks, "seconds": seconds, "phases": clock.take()},
                 )
             )
+    with torch.inference_mode():
         if stream.plan.head is not None and (spec := stream.config.head_spec(stream.plan.head.name)):
             records += quantize_head(stream, stream.plan.head, spec, batches, hidden, original)
         for activations in (hidden, original):
@@ -188,32 +198,51 @@ def _second_stream(stream: Stream, hidden: Activations) -> Activations:
     return second
 
 
-def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int, spool: Spool) -> list[LinearRecord]:
+def _background(stream: Stream) -> Background:
+    """Beside a GPU, files are written by a thread of their own; on a CPU that would only take cores from the solver."""
+    return Background(threaded=stream.model.device.type == "cuda")
+
+
+def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int, background: Background, clock: Clock) -> list[LinearRecord]:
     """One block: every group solved in order of use, its shard written and journalled, `whole.hidden` advanced."""
     coverage = Coverage(whole.block, len(whole.calls), tokens, everything=stream.config.calibrate_all_experts)
     folds = _find_folds(stream, index, whole) if stream.config.scales_inputs else None
-    worker = BlockWorker(stream.model, stream.source, stream.config, index, whole.block, coverage, stream.emit, spool, folds)
-    if whole.calls:
-        with coverage:
-            whole.run(paused=stream.plan.memory.paused, on_input=worker.see, on_group=worker.solve)
-        worker.settle()
-        if whole.reference is not None:
-            worker.tune(whole)
-    else:
-        for group in range(len(whole.groups)):
-            worker.solve(group)
-    shard = stream.block_shard(index)
-    replaced = {f"{record.name}.weight" for record in worker.records} | set(spool.names)
-    kept = [name for name in stream.block_tensors(index) if name not in replaced]
-    for name in stream.source.together(kept):
-        spool.put(name, stream.source.read(name))
-    digest = spool.publish(stream.journal.checkpoint / shard)
-    spread = coverage.summary(index)
-    if spread is not None and spread.under:
-        stream.emit(Event("note", f"block {index + 1}: {spread}", {"coverage": asdict(spread)}))
-    record = {"shard": shard, "sha256": digest, "linears": worker.to_journal(), "coverage": None if spread is None else asdict(spread)}
-    stream.journal.record(index, record)
+    with ExitStack() as stack:
+        spool = stack.enter_context(Spool(stream.journal.folder / f"block-{index:05d}.spool", background.executor))
+        worker = BlockWorker(stream.model, stream.source, stream.config, index, whole.block, coverage, stream.emit, spool, clock, folds)
+        if whole.calls:
+            with coverage, clock.phase("forward"):
+                memory = stream.plan.memory
+                whole.run(paused=memory.paused, room=memory.flight, on_input=worker.see, on_group=worker.solve)
+            worker.settle()
+            if whole.reference is not None:
+                with clock.phase("tune"):
+                    worker.tune(whole)
+        else:
+            for group in range(len(whole.groups)):
+                worker.solve(group)
+        if index < stream.parts - 1 and (whole.reference is not None or stream.config.scales_inputs):
+            with clock.phase("forward"):
+                whole.propagate()
+        spread = coverage.summary(index)
+        if spread is not None and spread.under:
+            stream.emit(Event("note", f"block {index + 1}: {spread}", {"coverage": asdict(spread)}))
+        facts = {"linears": worker.to_journal(), "coverage": None if spread is None else asdict(spread)}
+        replaced = {f"{record.name}.weight" for record in worker.records} | set(spool.names)
+        with clock.phase("write"):
+            background.do(partial(_finish_block, stream, index, spool, replaced, facts, stack.pop_all()))
     return worker.records
+
+
+def _finish_block(stream: Stream, index: int, spool: Spool, replaced: set[str], facts: dict[str, Any], closing: ExitStack) -> None:
+    """Adds what is kept as it was, writes the shard, and makes the block done."""
+    spool.writer = None
+    with closing:
+        shard = stream.block_shard(index)
+        for name in stream.source.together([name for name in stream.block_tensors(index) if name not in replaced]):
+            spool.put(name, stream.source.read(name))
+        digest = spool.publish(stream.journal.checkpoint / shard)
+        stream.journal.record(index, {"shard": shard, "sha256": digest, **facts})
 
 
 def _find_folds(stream: Stream, index: int, whole: BlockPass) -> Folds:

@@ -30,6 +30,7 @@ from gptqkit.models.folds import Fold, Folds, fold_norm
 from gptqkit.models.layout import LinearInfo
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.capture import BlockPass, Seen
+from gptqkit.pipeline.clock import Clock
 from gptqkit.pipeline.coverage import Coverage
 from gptqkit.pipeline.plan import linear_name
 from gptqkit.pipeline.tune import Tuned, tune_block
@@ -81,6 +82,7 @@ class BlockWorker:
         coverage: Coverage,
         emit: Emit,
         spool: Spool,
+        clock: Clock,
         folds: Folds | None = None,
     ) -> None:
         self.model = model
@@ -92,6 +94,7 @@ class BlockWorker:
         self.emit = emit
         self.format = get_format(config.format)
         self.spool = spool
+        self.clock = clock
         self.records: list[LinearRecord] = []
         self._done: dict[str, LinearInfo] = {}
         self._folds = folds or Folds()
@@ -100,9 +103,14 @@ class BlockWorker:
 
     def see(self, group: int, seen: Seen) -> None:
         inputs = self.model.layout.blocks[self.index][group]
-        self._grams.add(seen, self.model.device, counted=self.coverage.replaces(inputs))
+        with self.clock.phase("gram"):
+            self._grams.add(seen, self.model.device, counted=self.coverage.replaces(inputs))
 
     def solve(self, group: int) -> None:
+        with self.clock.phase("solve"):
+            self._solve(group)
+
+    def _solve(self, group: int) -> None:
         started = time.perf_counter()
         grams, self._grams = self._grams, _Grams()
         inputs = self.model.layout.blocks[self.index][group]
@@ -243,8 +251,9 @@ class BlockWorker:
         self.emit(Event("note", f"block {self.index + 1}: {words}", facts))
 
     def _keep(self, info: LinearInfo, name: str, weight: QuantizedWeight, scale_I: Tensor | None = None) -> None:
-        for local, tensor in self.format.encode(weight.to("cpu")).items():
-            self.spool.put(f"{name}.{local}", tensor)
+        with self.clock.phase("write"):
+            for local, tensor in self.format.encode(weight).items():
+                self.spool.put(f"{name}.{local}", tensor)
         self._done[info.name] = info
         put_weight(self.model, self.index, info, weight, partial(self._made, info.name), scale_I)
 
@@ -254,8 +263,8 @@ class BlockWorker:
         spec = self.config.spec(name)
         assert spec is not None
         names = {leaf: f"{name}.{leaf}" for leaf in self.format.tensor_names}
-        tensors = {leaf: self.spool.read(full) for leaf, full in names.items() if full in self.spool}
-        return self.format.decode(tensors, spec).to(self.model.device)
+        tensors = {leaf: self.spool.read(full).to(self.model.device) for leaf, full in names.items() if full in self.spool}
+        return self.format.decode(tensors, spec)
 
     def _report(self, record: LinearRecord) -> None:
         for event in record.events:
@@ -271,7 +280,8 @@ class BlockWorker:
 
     def _weight(self, info: LinearInfo) -> Tensor:
         """[O, I] float32 from the checkpoint, not from the block: the block may hold a narrower dtype."""
-        weight = self.source.read(f"{self._name(info)}.weight").to(device=self.model.device, dtype=torch.float32)
+        with self.clock.phase("load"):
+            weight = self.source.read(f"{self._name(info)}.weight").to(self.model.device).float()
         return weight.T.contiguous() if info.transposed else weight
 
     def to_journal(self) -> list[dict[str, Any]]:
