@@ -20,8 +20,8 @@ def test_same_tensors_as_on_the_cpu(fmt: Format, bits: int, sym: bool) -> None:
     weight = make_weight(bits=bits, group_size=32, out_features=64, in_features=96, sym=sym)
     expected = fmt.encode(weight)
     stored = fmt.encode(weight.to("cuda"))
-    assert {name: tensor.device.type for name, tensor in stored.items()} == dict.fromkeys(expected, "cpu")
-    assert all(torch.equal(stored[name], tensor) for name, tensor in expected.items())
-    back = fmt.decode({name: tensor.cuda() for name, tensor in stored.items()}, LinearSpec(bits, 32, sym))
+    assert {name: tensor.device.type for name, tensor in stored.items()} == dict.fromkeys(expected, "cuda")
+    assert all(torch.equal(stored[name].cpu(), tensor) for name, tensor in expected.items())
+    back = fmt.decode(stored, LinearSpec(bits, 32, sym))
     assert back.codes_OI.device.type == "cuda"
     assert_same(back.to("cpu"), weight)

@@ -1,6 +1,10 @@
 """refine.py on a CUDA device: the same steps group by group, with the kernels of fused.py, and what a group needs of H computed once for
 all groups together.
 
+There P is brought up to date after every group: [I, B] times [B, O], which reads and writes all of P for few operations. Here a group
+collects what the groups before it in the round owe it when its turn comes, as in the sweep, and between rounds one product with all of H
+brings P up to date: half as many operations more, a third of the time.
+
 Shapes as in refine.py; N = groups.
 """
 
@@ -58,13 +62,19 @@ class FusedRefiner(Refiner):
         within_NBB.diagonal(dim1=1, dim2=2).add_(damping_I.view(len(bounds), -1))
         self._within = _Within.of(within_NBB)
         self._kernels = kernels
+        self._moved_IO: Tensor | None = None
+        """By how much the errors changed in the round before, which P does not know of yet."""
 
     def round(self, *, codes: bool = True) -> None:
         """One pass over all groups, as Refiner's."""
         fitted, kernels = self.fitted, self._kernels
+        moved_IO = self._settled()
         for group, (start, stop) in enumerate(self.bounds):
             own = _Within(*(values[group] for values in self._within))
             pull_BO, level_BO = self.pull_IO[start:stop].clone(), fitted.level_IO[start:stop]
+            if start:
+                with short_updates():
+                    pull_BO.addmm_(self.gram_II[start:stop, :start], moved_IO[:start])
             scale_O, zero_O = fitted.scale_GO[group], fitted.zero_GO[group]
             before_BO = kernels.fit_scale(own.gram_NBB @ level_BO, pull_BO, level_BO, scale_O)
             if not fitted.sym:
@@ -73,12 +83,20 @@ class FusedRefiner(Refiner):
                 away_BO = own.inverse_NBB @ pull_BO
                 now_O = (away_BO * pull_BO).sum(0)
                 wanted_BO = away_BO.addcmul_(level_BO, scale_O)
-                moved_BO = kernels.sweep_again(
+                step_BO = kernels.sweep_again(
                     wanted_BO, level_BO, scale_O, zero_O, own.again_NBB, own.pivot_NB, own.order_NB, now_O, fitted.bits
                 )
-                pull_BO.addmm_(own.gram_NBB, moved_BO, alpha=-1)
+                pull_BO.addmm_(own.gram_NBB, step_BO, alpha=-1)
                 kernels.descend(pull_BO, level_BO, scale_O, zero_O, own.share_NBB, own.inverse_NB, fitted.bits)
-            moved_BO = before_BO.addcmul_(level_BO, scale_O, value=-1)
-            with short_updates():
-                self.pull_IO.addmm_(self.gram_II[:, start:stop], moved_BO)
-            self.pull_IO[start:stop].addcmul_(moved_BO, self.damping_I[start:stop, None])
+            torch.addcmul(before_BO, level_BO, scale_O, value=-1, out=moved_IO[start:stop])
+
+    def _settled(self) -> Tensor:
+        """Brings P up to date with the round before; returns where this one notes how errors change."""
+        moved_IO = self._moved_IO
+        if moved_IO is None:
+            self._moved_IO = torch.empty_like(self.pull_IO)
+            return self._moved_IO
+        with short_updates():
+            self.pull_IO.addmm_(self.gram_II, moved_IO)
+        self.pull_IO.addcmul_(moved_IO, self.damping_I[:, None])
+        return moved_IO

@@ -12,7 +12,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from io import FileIO
@@ -165,18 +165,21 @@ class TensorSource:
             self._fill(raw, file, name, info, 0)
         return raw.view(info.dtype).reshape(info.shape)
 
-    def chunks(self, name: str, size: int = 1 << 25) -> Iterator[Tensor]:
-        """A tensor's values in order, [n] each, at most `size` bytes at a time; each is overwritten by the next. Raises as `read`."""
+    def parts(self, name: str, size: int = 1 << 25) -> list[range]:
+        """The bytes of a tensor cut into pieces of `size`, for `read_part`; those of one that is scattered in its file in one piece."""
+        piece, nbytes = self._pieces.get(name), self.info(name).nbytes
+        step = size if piece is None or piece.contiguous else max(nbytes, 1)
+        return [range(start, min(start + step, nbytes)) for start in range(0, max(nbytes, 1), step)]
+
+    def read_part(self, name: str, part: range) -> Tensor:
+        """[n] the values of a tensor that lie in some of its bytes. Raises as `read`."""
         piece, info = self._pieces.get(name), self.info(name)
         if piece is not None and not piece.contiguous:
-            yield self.read(name).reshape(-1)
-            return
-        raw = torch.empty(min(size, info.nbytes), dtype=torch.uint8)
+            return self.read(name).reshape(-1)
+        raw = torch.empty(len(part), dtype=torch.uint8)
         with open(self.folder / info.file, "rb", buffering=0) as file:
-            for start in range(0, info.nbytes, size):
-                part = raw[: min(size, info.nbytes - start)]
-                self._fill(part, file, name, info, start)
-                yield part.view(info.dtype)
+            self._fill(raw, file, name, info, part.start)
+        return raw.view(info.dtype)
 
     def _fill(self, raw: Tensor, file: FileIO, name: str, info: TensorInfo, start: int) -> None:
         """Bytes of a tensor from `start` on, as many as `raw` has."""

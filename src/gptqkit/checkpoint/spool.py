@@ -69,15 +69,20 @@ class Spool:
         return name in self._entries
 
     def put(self, name: str, tensor: Tensor) -> None:
-        """Takes a tensor, which must not be written to afterwards."""
-        flat = tensor.detach().cpu().contiguous().reshape(-1)
+        """Takes a tensor, which must not be written to afterwards. With a writer, nothing waits for a CUDA device here."""
+        flat = tensor.detach().contiguous().reshape(-1)
         entry = (self._end, flat.nbytes, tensor.dtype, tuple(tensor.shape))
         self._entries[name] = entry
         self._end += flat.nbytes
         if self.writer is None:
-            self._write(flat, entry[0])
+            self._write(flat.cpu(), entry[0])
         else:
-            self._underway.append(self.writer.submit(self._write, flat, entry[0]))
+            self._underway.append(self.writer.submit(self._write_fetched, *_fetched(flat), entry[0]))
+
+    def _write_fetched(self, flat: Tensor, ready: torch.cuda.Event | None, offset: int) -> None:
+        if ready is not None:
+            ready.synchronize()
+        self._write(flat, offset)
 
     def _write(self, flat: Tensor, offset: int) -> None:
         view = flat.view(torch.uint8).numpy().data
@@ -138,3 +143,13 @@ class Spool:
             assert chunk, f"{self._path} was cut short"
             yield chunk
             offset, left = offset + len(chunk), left - len(chunk)
+
+
+def _fetched(flat: Tensor) -> tuple[Tensor, torch.cuda.Event | None]:
+    """A CPU copy of a CUDA device's tensor, which is there once the event has come about."""
+    if not flat.is_cuda:
+        return flat, None
+    host, ready = torch.empty_like(flat, device="cpu", pin_memory=True), torch.cuda.Event()
+    host.copy_(flat, non_blocking=True)
+    ready.record()
+    return host, ready

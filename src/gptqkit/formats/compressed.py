@@ -70,11 +70,11 @@ class CompressedTensorsFormat:
         tensors = {
             "weight_packed": pack(weight.codes_OI, weight.bits),
             "weight_scale": weight.scale_OG.contiguous(),
-            "weight_shape": torch.tensor([weight.out_features, weight.in_features], dtype=torch.int64),
+            "weight_shape": torch.tensor([weight.out_features, weight.in_features], device=weight.codes_OI.device),
         }
         if weight.zero_OG is not None:
             tensors["weight_zero_point"] = pack(weight.zero_OG.T.contiguous(), weight.bits).T.contiguous()
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
+        return tensors
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
         out_features, in_features = _shape(tensors)

@@ -92,13 +92,12 @@ class GptqFormat:
         scale_OG, zero_OG = weight.scale_OG, weight.zero_OG
         if zero_OG is None:
             zero_OG = torch.full_like(scale_OG, weight.natural_zero, dtype=torch.uint8)
-        tensors = {
+        return {
             "qweight": pack(weight.codes_OI, weight.bits).T.contiguous(),
             "qzeros": pack((zero_OG - self.zero_offset).T.contiguous(), weight.bits),
             "scales": scale_OG.T.contiguous(),
             "g_idx": weight.column_groups().to(torch.int32),
         }
-        return {name: tensor.cpu() for name, tensor in tensors.items()}
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
         if spec.bits not in BITS:

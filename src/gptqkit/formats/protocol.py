@@ -36,7 +36,7 @@ class Format(Protocol):
         """Why this very weight cannot be stored without loss; None when it can."""
 
     def encode(self, weight: QuantizedWeight) -> dict[str, Tensor]:
-        """Local names to tensors, contiguous, on the CPU. The input is untouched. Raises InputError when `refuses`."""
+        """Local names to tensors, contiguous, on the weight's device. The input is untouched. Raises InputError when `refuses`."""
 
     def decode(self, tensors: Mapping[str, Tensor], spec: LinearSpec) -> QuantizedWeight:
         """The inverse of `encode`, from local names. Raises InputError naming a missing, misshapen or out-of-range tensor."""

@@ -87,7 +87,7 @@ def quantize_head(
     )
     index = stream.plan.blocks
     shard = stream.block_shard(index)
-    tensors = {f"{head.name}.{local}": tensor for local, tensor in get_format(stream.config.format).encode(weight).items()}
+    tensors = {f"{head.name}.{local}": tensor for local, tensor in get_format(stream.config.format).encode(weight.to("cpu")).items()}
     del weight
     digest = write_shard(stream.journal.checkpoint / shard, tensors)
     stream.journal.record(index, {"shard": shard, "sha256": digest, "linears": [asdict(record)]})

@@ -73,34 +73,38 @@ def check_disk(out: Path, plan: Plan, *, reused: bool) -> None:
 
 
 def fingerprint(folder: Path, source: TensorSource) -> str:
-    """sha256 over config.json and all tensors (names, dtypes, shapes, and the sha256 of their bytes), reading each once.
+    """sha256 over config.json and all tensors (names, dtypes, shapes, and the sha256 of every 32 MB of their bytes), reading each once.
 
     Raises InputError naming the first tensor that holds NaN or infinity: found now, not after an hour.
     """
     digest = hashlib.sha256(sha256(folder / "config.json").encode())
-    with ThreadPoolExecutor(_HASHING) as pool:
-        names = sorted(source.names)
-        for name, (described, bad) in zip(names, pool.map(partial(_looked_through, source), names), strict=True):
-            if bad:
+    names = sorted(source.names)
+    tasks = [(name, part) for name in names for part in source.parts(name)]
+    bad = dict.fromkeys(names, 0)
+    pool = ThreadPoolExecutor(_HASHING)
+    try:
+        for (name, part), (found, count) in zip(tasks, pool.map(partial(_looked_through, source), tasks), strict=True):
+            bad[name] += count
+            if bad[name] and part.stop == source.info(name).nbytes:
                 raise InputError(
-                    f"tensor {name} in {folder / source.info(name).file} holds {bad} NaN or infinite values; the model is damaged, get it "
-                    "again"
+                    f"tensor {name} in {folder / source.info(name).file} holds {bad[name]} NaN or infinite values; the model is damaged, "
+                    "get it again"
                 )
-            digest.update(described.encode())
+            digest.update(f"{name} {source.info(name).dtype} {source.info(name).shape} {part.start} {found}".encode())
+    finally:
+        pool.shutdown(cancel_futures=True)
     return digest.hexdigest()
 
 
 _HASHING = min(8, os.cpu_count() or 1)
-"""Tensors that are hashed at a time."""
+"""Parts of tensors that are hashed at a time."""
 
 
-def _looked_through(source: TensorSource, name: str) -> tuple[str, int]:
-    """A tensor's name, dtype, shape and hash in one word, and how many of its values are NaN or infinite."""
-    info, digest, bad = source.info(name), hashlib.sha256(), 0
-    for part in source.chunks(name):
-        digest.update(part.view(torch.uint8).numpy().data)
-        bad += _nonfinite(part) if part.is_floating_point() else 0
-    return f"{name} {info.dtype} {info.shape} {digest.hexdigest()}", bad
+def _looked_through(source: TensorSource, task: tuple[str, range]) -> tuple[str, int]:
+    """The hash of a part of a tensor, and how many of its values are NaN or infinite."""
+    values = source.read_part(*task)
+    digest = hashlib.sha256(values.view(torch.uint8).numpy().data).hexdigest()
+    return digest, _nonfinite(values) if values.is_floating_point() else 0
 
 
 def _nonfinite(tensor: torch.Tensor) -> int:
