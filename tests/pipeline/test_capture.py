@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 from pathlib import Path
 
+import greenlet
 import pytest
 import torch
 from tests.tiny import FAMILIES, save_tiny, token_ids
@@ -12,7 +13,7 @@ from tests.tiny import FAMILIES, save_tiny, token_ids
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
-from gptqkit.pipeline.capture import BlockPass, Reading, Reference, Seen, _aligned
+from gptqkit.pipeline.capture import BlockPass, Reading, Reference, Room, Seen, _aligned, _Flights
 
 CPU = torch.device("cpu")
 
@@ -20,7 +21,9 @@ CPU = torch.device("cpu")
 Row = tuple[int, torch.Tensor, torch.Tensor | None]
 
 
-def run(folder: Path, *, paused: bool, reference: bool = False, factor: float = 1.1) -> tuple[list[Row], list[torch.Tensor]]:
+def run(
+    folder: Path, *, paused: bool, reference: bool = False, factor: float = 1.1, room: Room | None = None
+) -> tuple[list[Row], list[torch.Tensor]]:
     """What every group saw and what came out, with each linear perturbed once its group was seen (as quantizing does)."""
     model = StreamedModel.open(folder, device=CPU, dtype=torch.float32)
     batches = [torch.tensor(token_ids(2, 16, seed=seed)) for seed in range(3)]
@@ -50,7 +53,7 @@ def run(folder: Path, *, paused: bool, reference: bool = False, factor: float = 
 
                 beside = None if original is None else Reference(twin, original)
                 BlockPass(block, groups, [calls.get(b, index) for b in range(3)], hidden, reference=beside).run(
-                    paused=paused, on_input=see, on_group=solve
+                    paused=paused, on_input=see, on_group=solve, room=room
                 )
     return seen, [hidden[b] for b in range(3)]
 
@@ -104,3 +107,54 @@ def test_activations_come_back_from_disk_bit_for_bit(dtype: torch.dtype, tmp_pat
     assert all(torch.equal(stored[i], value) and stored[i].dtype == dtype for i, value in enumerate(values))
     stored.clear()
     assert not list((tmp_path / "activations").iterdir())
+
+
+@pytest.mark.parametrize("reference", [False, True])
+@pytest.mark.parametrize("at", [0, 2, 4, 7, 9, 11])
+def test_memory_that_runs_out_costs_flights_not_the_run(at: int, reference: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    folder = save_tiny(tmp_path / "model", "llama")
+    expected_seen, expected = run(folder, paused=True, reference=reference)
+    count, told = 0, []
+
+    def switched(self: _Flights, batch: int) -> object:
+        nonlocal count
+        count += 1
+        if count == at + 1:
+            self._flights[batch].throw(greenlet.GreenletExit)  # what was allocated goes with the forward that wanted more
+            return None
+        return arrival(self, batch)
+
+    arrival = _Flights._arrival
+    monkeypatch.setattr(_Flights, "_arrival", switched)
+    seen, hidden = run(folder, paused=True, reference=reference, room=Room(on_shortage=told.append))
+    assert told, "the shortage is told of"
+    assert len(seen) == len(expected_seen)
+    for (group, x, original), (expected_group, expected_x, expected_original) in zip(seen, expected_seen, strict=True):
+        assert group == expected_group
+        assert torch.equal(x, expected_x)
+        assert (original is None) == (expected_original is None) or torch.equal(original, expected_original)
+    assert all(torch.equal(a, b) for a, b in zip(hidden, expected, strict=True))
+
+
+def test_work_is_begun_again_with_half_the_flights() -> None:
+    class Three:
+        open = 3
+
+        def keep(self, batches: int) -> None:
+            self.open = min(self.open, batches)
+
+    told: list[int] = []
+    room = Room(on_shortage=told.append)
+    room.taken_by([Three()])
+    tries = iter([torch.OutOfMemoryError(), torch.OutOfMemoryError(), None])
+
+    def work() -> str:
+        if (error := next(tries)) is not None:
+            raise error
+        return "done"
+
+    assert room.spared_for(work) == "done"
+    assert told == [1, 0]
+    tries = iter([torch.OutOfMemoryError()])
+    with pytest.raises(torch.OutOfMemoryError):
+        room.spared_for(work)

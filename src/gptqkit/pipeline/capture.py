@@ -9,8 +9,8 @@ Python call stacks) does the pausing; no model code is changed, traced or copied
     batch 1 ──attention norm──▌               ▌         ▌            ▌     ── output
                               Gram, solve      Gram, …
 
-A paused forward keeps its intermediate tensors alive. Where memory is short, `replay` computes the same values by running the forward once
-per group and stopping early: slower, same bytes.
+A paused forward, a flight, keeps its intermediate tensors alive. Where memory is short, `replay` computes the same values by running the
+forward once per group and stopping early: slower, same bytes. On a device with memory of its own this is decided batch by batch (Room).
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import greenlet
 import torch
@@ -44,6 +44,7 @@ class Seen:
     ahead: Tensor | None = None
 
 
+Result = TypeVar("Result")
 OnInput = Callable[[int, Seen], None]
 """(group index, what was seen for one batch)."""
 OnGroup = Callable[[int], None]
@@ -81,16 +82,14 @@ class BlockPass:
     anchors: Sequence[str | None] = ()
     """By group, where the residual stream can be seen that its output is added to (residual.py); () for none at all."""
 
-    def run(self, *, paused: bool, on_input: OnInput, on_group: OnGroup, room: int | None = None) -> None:
-        """`paused` holds all batches in flight; else the forward is replayed per group. Equal results.
-
-        room  bytes that flights may take of a CUDA device: batches whose flights do not fit are replayed; None for no limit
+    def run(self, *, paused: bool, on_input: OnInput, on_group: OnGroup, room: Room | None = None) -> None:
+        """`paused` holds batches in flight, as many as there is room for; else the forward is replayed per group. Equal results.
 
         After the `last` block nothing reads the outputs: the forward ends with its last group, and `hidden` is not replaced. With a
         reference, `hidden` stays as well and only the reference moves on: its outputs are what the block can still be tuned towards.
         """
         if paused and not any(group.revisited for group in self.groups):
-            self._paused(on_input, on_group, room)
+            self._paused(on_input, on_group, room or Room())
         else:
             self._replayed(on_input, on_group)
 
@@ -103,9 +102,9 @@ class BlockPass:
         if self.reference is not None:
             run_in_step(self.reference.block, self.calls, self.reference.hidden, self.reference.hidden)
 
-    def _paused(self, on_input: OnInput, on_group: OnGroup, room: int | None) -> None:
-        share = None if room is None else room // len(self._streams())
-        streams = [_Flights(block, self.groups, self.calls, hidden, self.anchors, share) for block, hidden in self._streams()]
+    def _paused(self, on_input: OnInput, on_group: OnGroup, room: Room) -> None:
+        streams = [_Flights(block, self.groups, self.calls, hidden, self.anchors, room) for block, hidden in self._streams()]
+        room.taken_by(streams)
         try:
             for index in range(len(self.groups)):
                 for flights in streams:
@@ -173,9 +172,52 @@ class BlockPass:
         return [(self.block, self.hidden), *reference]
 
 
+class Room:
+    """What the flights of a block may take of a device's memory; batches beyond are replayed.
+
+    nbytes       of a CUDA device; None for no limit
+    batches      that fly at most; falls when memory runs out, from then on
+    on_shortage  told of that, with the new number of batches
+    """
+
+    def __init__(self, nbytes: int | None = None, on_shortage: Callable[[int], None] = lambda batches: None) -> None:
+        self.nbytes = nbytes
+        self.batches: int | None = None
+        self._on_shortage = on_shortage
+        self._streams: list[_Flights] = []
+
+    def taken_by(self, streams: list[_Flights]) -> None:
+        self._streams = streams
+        for number, flights in enumerate(streams, start=1):
+            if self.nbytes is not None:
+                flights.limit = torch.cuda.memory_allocated() + self.nbytes * number // len(streams)
+
+    def spared_for(self, work: Callable[[], Result]) -> Result:
+        """What `work` returns, begun again with half as many flights when memory runs out, until there are none to give up."""
+        while True:
+            try:
+                return work()
+            except torch.OutOfMemoryError:
+                if not self.halve():
+                    raise
+
+    def halve(self, flying: int | None = None) -> bool:
+        """Memory has run out: gives up half of the flights, of `flying` ones if only so many have begun. False when there are none."""
+        flying = max((flights.open for flights in self._streams), default=0) if flying is None else flying
+        if not any(flights.open for flights in self._streams):
+            return False
+        self.batches = flying // 2
+        for flights in self._streams:
+            flights.keep(self.batches)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self._on_shortage(self.batches)
+        return True
+
+
 class _Flights:
-    """The forwards of one block over all batches, each paused at the first linear of a group. What they hold stays below `room` bytes of a
-    CUDA device: the last ones are given up for that, and stay given up."""
+    """The forwards of one block over all batches, each paused at the first linear of a group; `open` of them, the first ones. Those that
+    are given up for want of room stay given up."""
 
     def __init__(
         self,
@@ -184,7 +226,7 @@ class _Flights:
         calls: Sequence[Call],
         hidden: Activations,
         anchors: Sequence[str | None],
-        room: int | None,
+        room: Room,
     ) -> None:
         self.arrivals: dict[int, Reading] = {}
         self.block = block
@@ -192,23 +234,27 @@ class _Flights:
         self._main = greenlet.getcurrent()
         self._reached = -1
         self._calls = calls
-        self._limit = None if room is None else torch.cuda.memory_allocated() + room
+        self._room = room
+        self.limit: int | None = None
+        """Bytes that may be allocated on the CUDA device once a flight has paused."""
         self._anchors = anchors or [None] * len(groups)
         self._passed: dict[tuple[object, str], Tensor] = {}
         self._hooks = [_first_to_know(_leader(block, group), self._pause(index)) for index, group in enumerate(groups)]
         for anchor in {anchor for anchor in self._anchors if anchor}:
             self._hooks.append(block.get_submodule(anchor).register_forward_pre_hook(self._note(anchor), with_kwargs=True))
         self._flights = [greenlet.greenlet(call.run) for call in calls]
-        self._open = len(self._flights)
+        self.open = len(calls) if room.batches is None else min(len(calls), room.batches)
 
     def advance(self, index: int) -> None:
         """Every batch to the first linear of group `index`; what it reads is in `arrivals`."""
         self._reached = index - 1
         with WideAttention():  # around the switches, not inside a flight: modes nest by call order, which flights do not keep
             batch = 0
-            while batch < self._open:
-                flight = self._flights[batch]
-                arrival = flight.switch() if flight else flight.switch(self.block, self._start(flight, batch))
+            while batch < self.open:
+                arrival = self._arrival(batch)
+                if arrival is None:
+                    self._room.halve(batch)
+                    continue
                 if not isinstance(arrival, tuple) or arrival[0] != index:
                     raise InputError(
                         f"{type(self.block).__name__}: its forward takes another path for batch {batch} than the probe saw; "
@@ -217,13 +263,23 @@ class _Flights:
                 self.arrivals[batch] = arrival[1]
                 del arrival
                 batch += 1
-                self._make_room()
+                while self.limit is not None and self.open and torch.cuda.memory_allocated() > self.limit:
+                    self.keep(self.open - 1)
 
-    def _make_room(self) -> None:
-        while self._limit is not None and self._open and torch.cuda.memory_allocated() > self._limit:
-            self._open -= 1
-            self.arrivals.pop(self._open, None)
-            flight = self._flights[self._open]
+    def _arrival(self, batch: int) -> Any:
+        """What a flight comes back with; None when memory has run out, which ends it."""
+        flight = self._flights[batch]
+        try:
+            return flight.switch() if flight else flight.switch(self.block, self._start(flight, batch))
+        except torch.OutOfMemoryError:
+            return None
+
+    def keep(self, batches: int) -> None:
+        """Gives up all flights but the first ones."""
+        while self.open > batches:
+            self.open -= 1
+            self.arrivals.pop(self.open, None)
+            flight = self._flights[self.open]
             self._forget(flight)
             if flight:
                 flight.throw(greenlet.GreenletExit)
@@ -243,8 +299,13 @@ class _Flights:
         self._reached = len(self._hooks)
         self._passed.clear()
         with WideAttention():
-            for batch, flight in enumerate(self._flights):
-                self.hidden[batch] = flight.switch() if batch < self._open else self._calls[batch].run(self.block, self.hidden[batch])
+            for batch in range(len(self._flights)):
+                out = self._arrival(batch) if batch < self.open else None
+                if out is None:
+                    if batch < self.open:
+                        self._room.halve(batch)
+                    out = self._calls[batch].run(self.block, self.hidden[batch])
+                self.hidden[batch] = out
 
     def close(self) -> None:
         for hook in self._hooks:

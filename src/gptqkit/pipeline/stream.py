@@ -30,7 +30,7 @@ from gptqkit.models.folds import Folds, find_folds
 from gptqkit.models.standin import CallStore
 from gptqkit.models.streamed import StreamedModel
 from gptqkit.pipeline.activations import Activations
-from gptqkit.pipeline.capture import BlockPass, Reference
+from gptqkit.pipeline.capture import BlockPass, Reference, Room
 from gptqkit.pipeline.clock import Clock
 from gptqkit.pipeline.coverage import Coverage
 from gptqkit.pipeline.head import quantize_head
@@ -114,7 +114,7 @@ def quantize_blocks(stream: Stream, sequences: Sequence[Tensor]) -> list[LinearR
 def _quantize_rest(stream: Stream, batches: list[Tensor], done: int) -> list[LinearRecord]:
     """What follows the first `done` blocks, which are only run."""
     records: list[LinearRecord] = []
-    clock = Clock(stream.model.device)
+    clock, room = Clock(stream.model.device), Room(stream.plan.memory.flight, partial(_report_shortage, stream))
     with torch.inference_mode(), _background(stream) as background:
         calls, hidden = _embed(stream, batches)
         original = _second_stream(stream, hidden) if stream.config.second_stream and batches else None
@@ -141,7 +141,7 @@ def _quantize_rest(stream: Stream, batches: list[Tensor], done: int) -> list[Lin
                     whole.propagate()
                     whole.propagate_reference()
                     continue
-                records += _quantize_block(stream, index, whole, sum(batch.numel() for batch in batches), background, clock)
+                records += _quantize_block(stream, index, whole, sum(batch.numel() for batch in batches), background, clock, room)
             seconds = time.perf_counter() - started
             stream.emit(
                 Event(
@@ -203,17 +203,27 @@ def _background(stream: Stream) -> Background:
     return Background(threaded=stream.model.device.type == "cuda")
 
 
-def _quantize_block(stream: Stream, index: int, whole: BlockPass, tokens: int, background: Background, clock: Clock) -> list[LinearRecord]:
+def _report_shortage(stream: Stream, batches: int) -> None:
+    words = (
+        f"the device ran out of memory; from here on at most {batches} batches are in flight, the others are computed again for each group"
+    )
+    stream.emit(Event("note", words, {"batches": batches}))
+
+
+def _quantize_block(
+    stream: Stream, index: int, whole: BlockPass, tokens: int, background: Background, clock: Clock, room: Room
+) -> list[LinearRecord]:
     """One block: every group solved in order of use, its shard written and journalled, `whole.hidden` advanced."""
     coverage = Coverage(whole.block, len(whole.calls), tokens, everything=stream.config.calibrate_all_experts)
     folds = _find_folds(stream, index, whole) if stream.config.scales_inputs else None
     with ExitStack() as stack:
         spool = stack.enter_context(Spool(stream.journal.folder / f"block-{index:05d}.spool", background.executor))
-        worker = BlockWorker(stream.model, stream.source, stream.config, index, whole.block, coverage, stream.emit, spool, clock, folds)
+        worker = BlockWorker(
+            stream.model, stream.source, stream.config, index, whole.block, coverage, stream.emit, spool, clock, room, folds
+        )
         if whole.calls:
             with coverage, clock.phase("forward"):
-                memory = stream.plan.memory
-                whole.run(paused=memory.paused, room=memory.flight, on_input=worker.see, on_group=worker.solve)
+                whole.run(paused=stream.plan.memory.paused, room=room, on_input=worker.see, on_group=worker.solve)
             worker.settle()
             if whole.reference is not None:
                 with clock.phase("tune"):

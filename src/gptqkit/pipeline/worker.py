@@ -29,7 +29,7 @@ from gptqkit.models.device import give_back_memory
 from gptqkit.models.folds import Fold, Folds, fold_norm
 from gptqkit.models.layout import LinearInfo
 from gptqkit.models.streamed import StreamedModel
-from gptqkit.pipeline.capture import BlockPass, Seen
+from gptqkit.pipeline.capture import BlockPass, Room, Seen
 from gptqkit.pipeline.clock import Clock
 from gptqkit.pipeline.coverage import Coverage
 from gptqkit.pipeline.plan import linear_name
@@ -83,6 +83,7 @@ class BlockWorker:
         emit: Emit,
         spool: Spool,
         clock: Clock,
+        room: Room,
         folds: Folds | None = None,
     ) -> None:
         self.model = model
@@ -95,6 +96,7 @@ class BlockWorker:
         self.format = get_format(config.format)
         self.spool = spool
         self.clock = clock
+        self.room = room
         self.records: list[LinearRecord] = []
         self._done: dict[str, LinearInfo] = {}
         self._folds = folds or Folds()
@@ -164,11 +166,12 @@ class BlockWorker:
                 ahead_IO /= scale_I[:, None]
         if config.method == "awq":
             return [_rounded(weight_OI, gram_II, spec, config, scale_I, notes) for weight_OI, spec in zip(weights_OI, specs, strict=True)]
-        solutions = solve_group(
-            weights_OI, gram_II, specs, order=config.column_order, damp=config.damp, name=names,
+        solve = partial(
+            solve_group, weights_OI, gram_II, specs, order=config.column_order, damp=config.damp, name=names,
             effort=EFFORTS[config.preset].limited(signed=config.signed_scales), cross_II=cross_II, ahead_IO=ahead_IO,
             tokens=covered.tokens, factors=covered.factors,
         )  # fmt: skip
+        solutions = self.room.spared_for(solve)
         return [
             (
                 s.weight,
