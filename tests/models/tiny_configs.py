@@ -179,7 +179,8 @@ UNSUPPORTED_IN: dict[str, dict[str, str]] = {
         "dbrx": "Found unknown kwargs",
         "minicpmv4_6": "model_type",
         "video_llama_3": "model_type",
-    }
+    },
+    "5.24": {"llama4": "has no attribute 'image_outputs'"},
 }
 """The same for types that only another release of transformers fails with."""
 
